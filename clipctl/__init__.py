@@ -1,0 +1,33 @@
+"""clipctl: RL with verifiable rewards where clipping is the instrument. Public names load on first use."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "token_statistics": "statistics",
+    "TokenStatistics": "statistics",
+    "group_advantages": "algo",
+    "clipped_surrogate": "algo",
+    "ClipCounts": "algo",
+    "pass_at_k": "algo",
+    "grade": "rewards",
+    "load_spec": "spec",
+    "RunSpec": "spec",
+    "train": "train",
+    "open_runs": "store",
+    "Runs": "store",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'clipctl' has no attribute {name!r}")
+    return getattr(import_module(f"clipctl.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

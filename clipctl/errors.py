@@ -1,0 +1,59 @@
+"""The few errors that a user can cause, each with the exit code that the command line returns for it.
+
+A message is one line: the field or file, what was found, what is allowed, and, where there is one, the command that
+fixes it. Invariants of the program are `assert`s and never appear here.
+"""
+
+
+class ClipctlError(Exception):
+    """Base of all user errors; never raised itself."""
+
+    exit_code = 1
+
+
+class SpecError(ClipctlError):
+    """Wrong usage or an impossible run spec."""
+
+    exit_code = 2
+
+
+class DependencyError(ClipctlError):
+    """A package or engine that the run needs is not installed."""
+
+    exit_code = 3
+
+
+class DataError(ClipctlError):
+    """Data that is missing, empty, or has no usable answer."""
+
+    exit_code = 4
+
+
+class ModelError(ClipctlError):
+    """A model that is missing, unreachable, or of a kind that cannot be trained exactly."""
+
+    exit_code = 4
+
+
+class DivergedError(ClipctlError):
+    """The run met a loss, gradient or reward that is not finite."""
+
+    exit_code = 5
+
+
+class EngineError(ClipctlError):
+    """Out of memory, or an engine that was lost and could not be brought back."""
+
+    exit_code = 6
+
+
+class StoreError(ClipctlError):
+    """A damaged store, a folder that cannot be written, or a full disk."""
+
+    exit_code = 7
+
+
+class Interrupted(ClipctlError):
+    """The user stopped the run by hand (Ctrl-C); what was measured is kept."""
+
+    exit_code = 130

@@ -1,0 +1,484 @@
+"""The run spec: what a run is, closed and frozen, and how it is put together from a preset, files and the command line.
+
+Precedence: field default < preset < --spec file < --set < named flags. No option falls back to another one, unknown
+keys fail with the nearest right name, and validators check but never assign: what is stored is what was written.
+A layer that changes the `kind` of a group replaces that group, because the fields of one kind mean nothing to another.
+"""
+
+import difflib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from clipctl.errors import SpecError
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+GROUPS_WITH_KINDS = ("reward",)
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Group(BaseModel):
+    """A closed, frozen group of keys."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, ser_json_inf_nan="strings", use_attribute_docstrings=True
+    )
+
+
+class Run(Group):
+    steps: Count = 40
+    """Rollouts to run."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Key of every random draw: prompts, samples, random rewards."""
+    name: str | None = None
+    """Folder name under the runs folder; without one a run gets `<preset>-<date>-<4 hex>`."""
+
+    @model_validator(mode="after")
+    def _name_is_a_folder_name(self) -> Self:
+        if self.name is not None and not NAME_PATTERN.fullmatch(self.name):
+            raise ValueError(
+                f"name {self.name!r} is not allowed: letters, digits, '.', '_' and '-', first a letter or digit, at most 100"
+            )
+        return self
+
+
+class Model(Group):
+    path: str
+    """A name of `clipctl models list`, a hub name, a local folder, or a `.gguf` file."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the forward pass; bfloat16 trains with float32 master weights."""
+    chat_template: str | None = None
+    """A Jinja chat template that replaces the model's own."""
+
+
+class Arith(Group):
+    """The generated arithmetic task."""
+
+    style: Literal["words", "expression"] = "words"
+    """`words`: one-step word problems; `expression`: the multi-step sums of the embedded model."""
+    problems: Count = 4096
+    """Distinct problems generated (fewer where the style has fewer)."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Which problems; independent of `run.seed`."""
+
+
+class Data(Group):
+    task: str = "gsm8k"
+    """Name of the task: its rows, field names, template and grader; `file` has none of its own but the template."""
+    split: Literal["train", "test"] = "train"
+    """Part of the task's rows."""
+    path: str | None = None
+    """A JSONL or Parquet file that replaces the task's rows and keeps its field names and template."""
+    question_field: str | None = None
+    """Field of the question; none: the task's own."""
+    answer_field: str | None = None
+    """Field of the answer; none: the task's own."""
+    template: str | None = None
+    """Prompt text with `{question}`; none: the task's own."""
+    arith: Arith = Arith()
+
+
+class Graded(Group):
+    correct: Finite = 1.0
+    """Reward of a completion that is graded correct."""
+    wrong: Finite = 0.0
+    """Reward of any other completion."""
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        if self.correct <= self.wrong:
+            raise ValueError(f"correct = {self.correct} must be above wrong = {self.wrong}")
+        return self
+
+
+class Gsm8kReward(Graded):
+    kind: Literal["gsm8k"] = "gsm8k"
+    """String match of the last number."""
+
+
+class MathReward(Graded):
+    kind: Literal["math"]
+    """Math-Verify on the last boxed answer, else the last formula or number."""
+    timeout: Count = 5
+    """Whole seconds for one grading before its worker is killed."""
+    workers: Count = 2
+    """Grading processes."""
+
+
+class BernoulliReward(Group):
+    kind: Literal["bernoulli"]
+    """1 with probability p, else 0, whatever the completion."""
+    p: Probability = 0.5
+
+
+class NormalReward(Group):
+    kind: Literal["normal"]
+    """Standard normal, whatever the completion."""
+
+
+class UniformReward(Group):
+    kind: Literal["uniform"]
+    """Uniform on [0, 1), whatever the completion."""
+
+
+class RademacherReward(Group):
+    kind: Literal["rademacher"]
+    """-1 or 1 with probability one half each, whatever the completion."""
+
+
+class FunctionReward(Group):
+    kind: Literal["function"]
+    """A function of your own: `function(completion: str, problem: Problem) -> float`."""
+    function: str
+    """Import path, `package.module:function`."""
+
+    @model_validator(mode="after")
+    def _import_path(self) -> Self:
+        if not re.fullmatch(r"[\w.]+:\w+", self.function):
+            raise ValueError(f"function = {self.function!r} is not an import path such as 'package.module:function'")
+        return self
+
+
+Reward = Annotated[
+    Gsm8kReward | MathReward | BernoulliReward | NormalReward | UniformReward | RademacherReward | FunctionReward,
+    Field(discriminator="kind"),
+]
+
+
+class RolloutGroup(Group):
+    prompts: Count = 64
+    """Prompts a rollout."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Responses to each prompt; the advantage is taken within this group."""
+    max_prompt_tokens: Count = 1024
+    """Longer prompts are left out, with an event that counts them."""
+    max_response_tokens: Count = 4096
+    """Responses are cut here, and count as truncated."""
+    temperature: Positive = 1.0
+    """Of the policy, in sampling, log-probabilities and entropy alike."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus of the sampler; below 1 the trained ratio is wrong, so it needs `allow_top_p`."""
+    allow_top_p: bool = False
+    """Accept `top_p` below 1 in training."""
+    dynamic_sampling: bool = False
+    """Replace groups without advantage by fresh prompts (DAPO)."""
+    max_refills: Count = 4
+    """Times that dynamic sampling draws again before it goes on with a smaller batch."""
+    overlong_buffer: Annotated[int, Field(ge=0)] = 0
+    """Last tokens of the maximum length over which the soft overlong penalty grows (DAPO); 0 is off."""
+    overlong_penalty: NonNegative = 1.0
+    """Reward taken from a response of the maximum length."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.top_p < 1 and not self.allow_top_p:
+            raise ValueError(
+                f"top_p = {self.top_p}: the sampler would renormalise and the trainer not, so every ratio would be wrong; "
+                "use 1.0, or set rollout.allow_top_p = true to accept that"
+            )
+        if self.overlong_buffer >= self.max_response_tokens:
+            raise ValueError(
+                f"overlong_buffer = {self.overlong_buffer} must be below max_response_tokens = {self.max_response_tokens}"
+            )
+        return self
+
+
+class Clip(Group):
+    low: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """ε_low: ratios under 1 - low are clipped where the advantage is negative; 1.0 is off."""
+    high: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 0.2
+    """ε_high: ratios over 1 + high are clipped where the advantage is positive; inf is off."""
+
+
+class Loss(Group):
+    objective: Literal["clip", "reinforce"] = "clip"
+    """`clip`: the clipped surrogate; `reinforce`: no ratio and no clipping, one update a rollout."""
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    """Weight of a token: 1/N tokens of the optimizer batch; 1/(B·T_i); 1/(B·constant)."""
+    constant: Count | None = None
+    """Divisor of `constant`; none: the maximum response length."""
+
+    @model_validator(mode="after")
+    def _constant_is_used(self) -> Self:
+        if self.constant is not None and self.aggregation != "constant":
+            raise ValueError(f"constant = {self.constant} has no effect with aggregation = {self.aggregation!r}")
+        return self
+
+
+class Optim(Group):
+    lr: Positive = 1e-6
+    """Constant learning rate of AdamW."""
+    responses_per_update: Count = 256
+    """Responses of one optimizer step, whole groups only."""
+    epochs: Count = 1
+    """Passes over a rollout."""
+    betas: Annotated[tuple[Probability, Probability], Field(strict=False)] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.01
+    grad_clip: Positive = 1.0
+    """Largest norm of the gradient; larger ones are scaled down to it."""
+
+
+class Engine(Group):
+    sampler: Literal["torch"] = "torch"
+    trainer: Literal["torch"] = "torch"
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: Count = 1
+    """CPU threads of torch; part of the spec, because bit-exactness depends on it."""
+    tokens_per_microbatch: Count = 8192
+    """Padded tokens of one forward and backward pass."""
+    sampler_rows: Count = 256
+    """Responses decoded side by side."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+
+
+class Eval(Group):
+    """Settings of `clipctl eval` on this run's model."""
+
+    benchmarks: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    k: Count = 8
+    temperature: NonNegative = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+
+
+class Checkpoint(Group):
+    every: Annotated[int, Field(ge=0)] = 0
+    """Rollouts between saved models; the last one is always saved. 0: only the last."""
+
+
+class Store(Group):
+    texts: bool = True
+    """Keep the text of every sample."""
+    tokens: Literal["none", "all"] | Annotated[float, Field(gt=0, lt=1)] = "none"
+    """Per-token rows of no response, of all, or of this share of the groups."""
+
+
+class RunSpec(Group):
+    """A whole run. `updates_per_rollout` and the like are functions of it, never fields."""
+
+    run: Run = Run()
+    model: Model
+    data: Data = Data()
+    reward: Reward = Gsm8kReward()
+    rollout: RolloutGroup = RolloutGroup()
+    clip: Clip = Clip()
+    loss: Loss = Loss()
+    optim: Optim = Optim()
+    engine: Engine = Engine()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    store: Store = Store()
+
+    @property
+    def responses(self) -> int:
+        """Responses of one rollout."""
+        return self.rollout.prompts * self.rollout.group_size
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps of one rollout."""
+        return self.responses * self.optim.epochs // self.optim.responses_per_update
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> Self:
+        size, group = self.optim.responses_per_update, self.rollout.group_size
+        if size % group:
+            raise ValueError(
+                f"optim.responses_per_update = {size} would split a group: it must be a multiple of "
+                f"rollout.group_size = {group}"
+            )
+        if self.responses % size:
+            raise ValueError(
+                f"optim.responses_per_update = {size} does not divide the {self.responses} responses of a rollout "
+                f"(rollout.prompts = {self.rollout.prompts} × rollout.group_size = {group})"
+            )
+        if self.loss.objective == "reinforce" and self.updates_per_rollout != 1:
+            raise ValueError(
+                f"loss.objective = 'reinforce' is unbiased for one update a rollout only, here are "
+                f"{self.updates_per_rollout}: set optim.responses_per_update = {self.responses} and optim.epochs = 1"
+            )
+        return self
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with clipctl."""
+    return sorted(path.stem for path in _presets_folder().glob("*.toml"))
+
+
+def preset_text(name: str) -> str:
+    """The TOML text of a preset. Raises SpecError for an unknown name."""
+    names = preset_names()
+    if name not in names:
+        raise SpecError(f"--preset: no preset {name!r}{_nearest(name, names)}; known: {', '.join(names)}")
+    return (_presets_folder() / f"{name}.toml").read_text()
+
+
+def load_spec(preset_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunSpec:
+    """The resolved spec of a preset name or a TOML file, with overrides by dotted key (`{"clip.low": 0.1}`).
+
+    Raises SpecError, in one line that names the field, for unknown names and keys and for impossible values.
+    """
+    source = str(preset_or_path)
+    is_file = isinstance(preset_or_path, Path) or source.endswith(".toml") or "/" in source
+    layer = read_toml(Path(source)) if is_file else tomllib.loads(preset_text(source))
+    return resolve_spec(layer, nest(overrides or {}))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A spec file as nested dicts. Raises SpecError when it is missing or not TOML."""
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise SpecError(f"--spec: no file {str(path)!r}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError, PermissionError) as error:
+        raise SpecError(f"--spec: {str(path)!r} is not readable as TOML: {error}") from None
+
+
+def resolve_spec(*layers: Mapping[str, Any]) -> RunSpec:
+    """One spec from layers of nested dicts, later ones over earlier ones. Raises SpecError."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _overlay(merged, layer)
+    try:
+        return RunSpec.model_validate(merged)
+    except ValidationError as error:
+        raise SpecError(_one_line(error)) from None
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`KEY=VALUE` of --set: the value is read as TOML, and as a plain string where it is no TOML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise SpecError(f"--set: {text!r} is not KEY=VALUE, such as clip.low=0.15")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        return key.strip(), value.strip()
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys to nested dicts: `{"clip.low": 0.1}` to `{"clip": {"low": 0.1}}`."""
+    nested: dict[str, Any] = {}
+    for dotted, value in flat.items():
+        *groups, key = dotted.split(".")
+        place = nested
+        for group in groups:
+            child = place.setdefault(group, {})
+            if not isinstance(child, dict):
+                raise SpecError(f"{dotted}: {group} is a value, not a group")
+            place = child
+        place[key] = value
+    return nested
+
+
+def spec_json(spec: RunSpec) -> str:
+    """The resolved spec as JSON; infinity is the string "Infinity", which `spec_from_json` reads back."""
+    return spec.model_dump_json(indent=2)
+
+
+def spec_from_json(text: str) -> RunSpec:
+    """The inverse of `spec_json`. Raises SpecError."""
+    try:
+        return RunSpec.model_validate_json(text, strict=False)
+    except ValidationError as error:
+        raise SpecError(_one_line(error)) from None
+
+
+def schema_json() -> str:
+    """The JSON Schema of a run spec, for editors."""
+    return json.dumps(RunSpec.model_json_schema(), indent=2)
+
+
+def flatten(spec: RunSpec) -> dict[str, Any]:
+    """The resolved spec as dotted keys, infinity as a float."""
+    return dict(_flat(spec.model_dump()))
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _presets_folder() -> Path:
+    shipped = Path(__file__).parent / "presets"
+    return shipped if shipped.is_dir() else Path(__file__).parent.parent / "presets"
+
+
+def _overlay(below: Mapping[str, Any], above: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        if not isinstance(value, Mapping) or not isinstance(under, Mapping):
+            merged[key] = value
+        elif key in GROUPS_WITH_KINDS and not path and value.get("kind", under.get("kind")) != under.get("kind"):
+            merged[key] = value
+        else:
+            merged[key] = _overlay(under, value, f"{path}{key}.")
+    return merged
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first problem: unknown keys first, since another complaint may only follow from them."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]
+    dotted = ".".join(str(part) for part in problem["loc"] if part not in _KINDS)
+    if problem["type"] == "extra_forbidden":
+        return f"{dotted}: unknown key{_nearest(dotted, list(_known_keys()))}"
+    if problem["type"] == "union_tag_invalid":
+        found = problem["ctx"]["tag"]
+        return f"{dotted}.kind: {found!r} is not one of {', '.join(_KINDS)}{_nearest(str(found), _KINDS)}"
+    if problem["type"] == "missing":
+        return f"{dotted}: missing; give it in the spec file or with --set {dotted}=VALUE, or start from a --preset"
+    if problem["type"] == "value_error":
+        message = str(problem["ctx"]["error"])
+        return f"{dotted}.{message}" if dotted else message
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    found = problem["input"]
+    return f"{dotted}: {message}, found {found if isinstance(found, float) and not math.isfinite(found) else found!r}"
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """` (did you mean …?)`, by the whole dotted key, else by its last part."""
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not match:
+        by_last = {key.rsplit(".", 1)[-1]: key for key in known}
+        match = [
+            by_last[last]
+            for last in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(by_last), n=1, cutoff=0.6)
+        ]
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def _known_keys() -> Iterator[str]:
+    yield from _model_keys(RunSpec)
+
+
+def _model_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        groups = [
+            option
+            for option in (field.annotation, *get_args(field.annotation))
+            if isinstance(option, type) and issubclass(option, BaseModel)
+        ]
+        if not groups:
+            yield f"{prefix}{name}"
+        for group in groups:
+            yield from _model_keys(group, f"{prefix}{name}.")
+
+
+_KINDS = ["gsm8k", "math", "bernoulli", "normal", "uniform", "rademacher", "function"]
