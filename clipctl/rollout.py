@@ -60,10 +60,9 @@ class DrawKey:
 
 
 @dataclass(frozen=True, slots=True)
-class Prompted:
-    """A problem drawn for a rollout."""
+class Prompt:
+    """A prompt drawn for a rollout: its token ids and what its samples are keyed by."""
 
-    problem: Problem
     token_ids: list[int]
     key: DrawKey
 
