@@ -1,0 +1,187 @@
+"""The command line: parse, call, print. No logic, and nothing heavy is imported before a command needs it."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from clipctl import __version__
+from clipctl.errors import ClipctlError, SpecError
+
+app = typer.Typer(
+    name="clipctl",
+    help="Train language models by RL with verifiable rewards, and see and control what clipping does to entropy.",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    epilog="Examples: clipctl train --preset tiny | clipctl train --preset qwen3b-gsm8k --eps-low 0.15 --no-clip-high "
+    "--dry-run | clipctl analyze runs/",
+)
+presets_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The run specs that come with clipctl.")
+models_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The models that presets name.")
+app.add_typer(presets_app, name="presets")
+app.add_typer(models_app, name="models")
+
+RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of the runs.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"clipctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    preset: Annotated[str | None, typer.Option(help="A name of `clipctl presets list`.")] = None,
+    spec: Annotated[Path | None, typer.Option(help="A TOML run spec, over the preset where both are given.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the spec; may be repeated.")
+    ] = None,
+    eps_low: Annotated[float | None, typer.Option(help="clip.low: clips ratios under 1 - F.")] = None,
+    eps_high: Annotated[float | None, typer.Option(help="clip.high: clips ratios over 1 + F.")] = None,
+    no_clip_low: Annotated[bool, typer.Option("--no-clip-low", help="Turn clip-low off (clip.low = 1).")] = False,
+    no_clip_high: Annotated[bool, typer.Option("--no-clip-high", help="Turn clip-high off (clip.high = inf).")] = False,
+    steps: Annotated[int | None, typer.Option(help="run.steps: rollouts.")] = None,
+    seed: Annotated[int | None, typer.Option(help="run.seed.")] = None,
+    model: Annotated[str | None, typer.Option(help="model.path: a known or hub name, a folder, a .gguf.")] = None,
+    name: Annotated[str | None, typer.Option(help="run.name; without it <preset>-<date>-<4 hex>.")] = None,
+    runs_dir: RunsDir = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen and why; start nothing.")] = False,
+) -> None:
+    """Train a model; prints the run's folder.
+
+    Example: clipctl train --preset qwen3b-gsm8k --eps-low 0.15 --no-clip-high
+    """
+    from clipctl.spec import nest, parse_assignment, preset_layer, read_toml, resolve_spec
+
+    flags: dict[str, Any] = {
+        "clip.low": _one_of("--eps-low", eps_low, "--no-clip-low", 1.0 if no_clip_low else None),
+        "clip.high": _one_of("--eps-high", eps_high, "--no-clip-high", float("inf") if no_clip_high else None),
+        "run.steps": steps,
+        "run.seed": seed,
+        "run.name": name,
+        "model.path": model,
+    }
+    resolved = resolve_spec(
+        preset_layer(preset) if preset else {},
+        read_toml(spec) if spec else {},
+        *(nest(dict([parse_assignment(text)])) for text in assignments or ()),
+        nest({key: value for key, value in flags.items() if value is not None}),
+    )
+    if dry_run:
+        from clipctl.plan import make_plan, plan_lines
+
+        print("\n".join(plan_lines(make_plan(resolved))))
+        return
+    from clipctl.plan import clip_warnings
+    from clipctl.progress import show_progress
+    from clipctl.train import train as run
+
+    for warning in clip_warnings(resolved):
+        print(f"warning: {warning}", file=sys.stderr)
+    label = preset or (spec.stem if spec else resolved.data.task)
+    with show_progress(resolved.run.steps) as report:
+        folder = run(resolved, runs_dir=runs_dir, label=label, report=report)
+    print(folder)
+
+
+@app.command()
+def analyze(
+    paths: Annotated[list[Path], typer.Argument(help="Runs, or folders of runs.")],
+    sql: Annotated[
+        str | None,
+        typer.Option(help="One SELECT over the views runs, rollouts, updates, samples, events."),
+    ] = None,
+    output: Annotated[str, typer.Option("--format", help="table, json or csv.")] = "table",
+) -> None:
+    """Read runs, finished, live or broken, and print an overview or the answer to a query.
+
+    Example: clipctl analyze runs/ --sql "select run_id, rollout, entropy from rollouts"
+    """
+    from clipctl.analyze import analyze as answer
+
+    print(answer(paths, sql, output, sys.stdout.isatty()))
+
+
+@presets_app.command("list")
+def presets_list() -> None:
+    """Name and first line of every preset."""
+    from clipctl.spec import preset_names, preset_text
+
+    width = max(map(len, preset_names()))
+    for preset in preset_names():
+        print(f"{preset:{width}}  {preset_text(preset).splitlines()[0].lstrip('# ')}")
+
+
+@presets_app.command("show")
+def presets_show(name: str) -> None:
+    """The TOML text of a preset."""
+    from clipctl.spec import preset_text
+
+    print(preset_text(name), end="")
+
+
+@presets_app.command("schema")
+def presets_schema() -> None:
+    """The JSON Schema of a run spec, for editors."""
+    from clipctl.spec import schema_json
+
+    print(schema_json())
+
+
+@models_app.command("list")
+def models_list() -> None:
+    """The known models: name, hub name, parameters, where they are."""
+    from clipctl.models import model_lines
+
+    print("\n".join(model_lines()))
+
+
+@models_app.command("pull")
+def models_pull(name: str) -> None:
+    """Get a model into the cache; prints its folder."""
+    from clipctl.models import pull_model
+
+    print(pull_model(name))
+
+
+def _one_of(flag: str, value: float | None, off_flag: str, off_value: float | None) -> float | None:
+    if value is not None and off_value is not None:
+        raise SpecError(f"{flag} and {off_flag} contradict each other; give one of them")
+    return value if value is not None else off_value
+
+
+def _end(code: int, line: str) -> NoReturn:
+    print(line, file=sys.stderr)
+    sys.exit(code)
+
+
+def main() -> NoReturn:
+    """Run the command line; user errors become one line on stderr and their exit code."""
+    debug = "--debug" in sys.argv
+    # A shell script's background job starts with SIGINT ignored; both signals must end a run cleanly.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app(args=[argument for argument in sys.argv[1:] if argument != "--debug"])
+    except ClipctlError as error:
+        if debug:
+            raise
+        _end(error.exit_code, f"clipctl: {error}")
+    except Exception as error:
+        if debug:
+            raise
+        _end(1, f"clipctl: a bug in clipctl: {type(error).__name__}: {error}; run again with --debug and report it")
+    sys.exit(0)

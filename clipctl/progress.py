@@ -1,0 +1,48 @@
+"""How a running run looks: a live bar on a terminal, one plain line per rollout elsewhere, both on stderr."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from clipctl.train import Report
+
+
+@contextmanager
+def show_progress(steps: int) -> Iterator[Callable[["Report"], None]]:
+    """A function that takes each rollout's report and shows it."""
+    if not sys.stderr.isatty():
+        yield lambda report: print(plain_line(report), file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("rollout"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
+        TextColumn("{task.description}", markup=False),
+        TextColumn("ETA"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=Console(stderr=True), expand=False) as progress:
+        task = progress.add_task("starting", total=steps)
+        yield lambda report: progress.update(task, completed=report.rollout + 1, description=figures(report))
+
+
+def figures(report: "Report") -> str:
+    """Reward, entropy, sided clip fractions and speed of one rollout."""
+    entropy = "-" if report.entropy is None else f"{report.entropy:.3f}"
+    return (
+        f"reward {report.reward:.3f}  entropy {entropy}  clip-low {report.clip_low:.2%}  "
+        f"clip-high {report.clip_high:.2%}  {report.tokens_per_second:.0f} tokens/s"
+    )
+
+
+def plain_line(report: "Report") -> str:
+    """One line for a log file."""
+    return (
+        f"rollout {report.rollout + 1}/{report.steps}  {figures(report)}  "
+        f"response {report.response_tokens:.1f} tokens  {report.seconds:.1f} s"
+    )
