@@ -1,0 +1,126 @@
+"""The torch sampler against transformers without a cache, and against the distribution it should draw from."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCABULARY, random_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipctl.engine.attention import use_grouped_attention
+from clipctl.engine.torch_sampler import TorchSampler, draw_tokens, nucleus
+from clipctl.rollout import DrawKey, Prompt, SamplingParams
+
+PROMPTS = [[5, 7, 9], [11], [3, 2, 1, 8, 6, 4, 20], [30, 31], [12, 13, 14, 15]]
+STOPS = frozenset(range(0, VOCABULARY, 12))
+
+
+def prompts(order: list[int] | None = None) -> list[Prompt]:
+    return [Prompt(PROMPTS[at], DrawKey(seed=1, rollout=2, position=at)) for at in order or range(len(PROMPTS))]
+
+
+def params(temperature: float = 1.0, top_p: float = 1.0, max_tokens: int = 24) -> SamplingParams:
+    return SamplingParams(max_tokens, temperature, top_p, STOPS)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return use_grouped_attention(random_llama())
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
+def test_logprobs_are_those_of_the_whole_text_without_a_cache(temperature: float) -> None:
+    reference = random_llama()
+    model = use_grouped_attention(random_llama())
+    for prompt, group in zip(prompts(), TorchSampler(model, 64).sample(prompts(), 3, params(temperature)), strict=True):
+        for completion in group:
+            text = prompt.token_ids + completion.token_ids
+            logits = reference(torch.tensor([text])).logits[0].double() / temperature
+            expected = torch.log_softmax(logits, -1)[
+                range(len(prompt.token_ids) - 1, len(text) - 1), completion.token_ids
+            ]
+            np.testing.assert_allclose(completion.logprobs, expected.detach().numpy(), atol=2e-5)
+
+
+def test_a_response_ends_with_its_stop_token_or_at_the_maximum(model: Any) -> None:
+    completions = [c for group in TorchSampler(model, 64).sample(prompts(), 8, params()) for c in group]
+    assert {completion.finish for completion in completions} == {"stop", "length"}
+    for completion in completions:
+        assert len(completion.token_ids) == len(completion.logprobs)
+        assert not STOPS & set(completion.token_ids[:-1])
+        assert (completion.token_ids[-1] in STOPS) == (completion.finish == "stop")
+        assert completion.finish == "stop" or len(completion.token_ids) == 24
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7, 1000])
+def test_draws_do_not_depend_on_waves_or_order(model: Any, rows: int) -> None:
+    tokens = [[c.token_ids for c in group] for group in TorchSampler(model, 64).sample(prompts(), 4, params())]
+    order = [3, 0, 4]
+    again = TorchSampler(model, rows).sample(prompts(order), 4, params())
+    assert [[c.token_ids for c in group] for group in again] == [tokens[at] for at in order]
+
+
+def test_samples_of_a_group_and_of_other_rollouts_differ(model: Any) -> None:
+    sampler = TorchSampler(model, 64)
+    group = sampler.sample(prompts([2]), 8, params())[0]
+    other = sampler.sample([Prompt(PROMPTS[2], DrawKey(1, 3, 2))], 8, params())[0]
+    assert len({tuple(completion.token_ids) for completion in group}) == 8
+    assert all(a.token_ids != b.token_ids for a, b in zip(group, other, strict=True))
+
+
+def test_first_tokens_follow_the_policy(model: Any) -> None:
+    """Chi-square over the first token of 4000 samples; 5 standard deviations of its law is the bound."""
+    n = 4000
+    group = TorchSampler(model, n).sample(prompts([1]), n, params(max_tokens=1))[0]
+    counts = np.bincount([completion.token_ids[0] for completion in group], minlength=VOCABULARY)
+    with torch.no_grad():
+        expected = n * torch.softmax(random_llama()(torch.tensor([PROMPTS[1]])).logits[0, -1].double(), -1).numpy()
+    large = expected >= 5
+    seen, wanted = [*counts[large], counts[~large].sum()], [*expected[large], expected[~large].sum()]
+    statistic = sum((a - b) ** 2 / b for a, b in zip(seen, wanted, strict=True))
+    freedom = len(seen) - 1
+    assert freedom > 20
+    assert statistic < freedom + 5 * math.sqrt(2 * freedom)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 700), st.floats(0.0, 1.0, exclude_max=True), st.floats(0.2, 9.0))
+def test_drawing_inverts_the_cumulative_distribution(seed: int, vocabulary: int, uniform: float, scale: float) -> None:
+    """The drawn token is where the float64 cumulative sum passes the uniform number, up to float32 rounding."""
+    logits = torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(seed)) * scale
+    token, logprob = draw_tokens(logits, torch.tensor([uniform], dtype=torch.float64))
+    probability = torch.softmax(logits[0].double(), -1)
+    cumulative = probability.cumsum(-1)
+    at = int(token)
+    assert cumulative[at] - probability[at] - 1e-6 <= uniform <= cumulative[at] + 1e-6
+    assert math.isclose(float(logprob), float(probability[at].log()), abs_tol=1e-4)
+
+
+def test_a_token_of_probability_zero_is_never_drawn() -> None:
+    logits = torch.full((3, 600), -torch.inf)
+    logits[:, 300] = 0.0
+    token, logprob = draw_tokens(logits, torch.tensor([0.0, 0.5, 1.0 - 2**-53], dtype=torch.float64))
+    assert token.tolist() == [300] * 3
+    assert logprob.tolist() == [0.0] * 3
+
+
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p() -> None:
+    logprob = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+    assert nucleus(logprob, 0.65).isinf().tolist() == [[True, False, True, False]]
+    assert nucleus(logprob, 0.75).isinf().tolist() == [[True, False, False, False]]
+    token, renormalised = draw_tokens(logprob, torch.tensor([0.99], dtype=torch.float64), top_p=0.65)
+    assert int(token) == 3
+    assert math.isclose(float(renormalised), math.log(0.3 / 0.7), abs_tol=1e-6)
+
+
+def test_weights_of_another_model_are_taken_over(model: Any) -> None:
+    own, other = use_grouped_attention(random_llama()), random_llama(seed=5)
+    sampler = TorchSampler(own, 64)
+    before = sampler.sample(prompts(), 2, params())
+    sampler.update_weights(other.named_parameters(), version=1)
+    expected = TorchSampler(use_grouped_attention(other), 64).sample(prompts(), 2, params())
+    assert sampler.sample(prompts(), 2, params()) == expected
+    assert before != expected
