@@ -20,7 +20,7 @@ SPEC = {
     "model": {"path": "random", "dtype": "float32"},
     "rollout": {"prompts": 4, "group_size": 4, "max_response_tokens": 32, "temperature": 1.3},
     "clip": {"low": 0.15, "high": 0.3},
-    "optim": {"lr": 1e-3, "responses_per_update": 8, "epochs": 2, "grad_clip": 1e9},
+    "optim": {"lr": 2e-4, "responses_per_update": 8, "epochs": 2, "grad_clip": 1e9},
 }
 
 
@@ -89,10 +89,11 @@ def test_the_gradient_off_policy_is_that_of_the_formula_in_float64() -> None:
     pieces = [old.logprob_T[end - length : end].double() for end, length in zip(ends, batch().lengths_R, strict=True)]
     objective = float64_objective(reference, batch(), the_spec, pieces)
     (-objective).backward()
+    expected = float(-objective.detach())
     result = ours.step(batch(), range(0, 8), old, spec_loss(the_spec))
     counts = result.sums.counts
     assert min(int(counts.clip_low), int(counts.clip_high)) > 0
-    assert result.sums.loss == pytest.approx(float(-objective), rel=1e-4)
+    assert result.sums.loss == pytest.approx(expected, rel=1e-4)
     for master, parameter in zip(gradients(ours), reference.parameters(), strict=True):
         torch.testing.assert_close(master.double(), parameter.grad, rtol=1e-3, atol=1e-6)
 
@@ -122,7 +123,7 @@ def test_any_split_into_micro_batches_gives_the_same_update(aggregation: str, bu
     for a, b in zip(whole_sums, split_sums, strict=True):
         assert b.loss == pytest.approx(a.loss, abs=1e-6)
         assert b.entropy == pytest.approx(a.entropy, rel=1e-5)
-        assert b.kl == pytest.approx(a.kl, abs=1e-5)
+        assert b.kl == pytest.approx(a.kl, rel=1e-4, abs=1e-9)
         for name in ("clip_low", "clip_high", "ratio_low", "ratio_high", "tokens", "tokens_advantage"):
             assert int(getattr(b.counts, name)) == int(getattr(a.counts, name))
     for a, b in zip(whole_gradients, split_gradients, strict=True):
@@ -190,7 +191,7 @@ def test_bfloat16_trains_float32_masters_that_small_steps_move() -> None:
     ours.step(batch(), range(0, 8), ours.score(batch()), spec_loss(the_spec))
     for old, master, parameter in zip(before, ours.masters, ours.parameters, strict=True):
         assert master.dtype == torch.float32
-        assert 0 < float((master - old).abs().max()) < 3e-6
+        assert 0 < float((master - old).detach().abs().max()) < 3e-6
         assert torch.equal(parameter, master.bfloat16())
 
 
