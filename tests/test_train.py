@@ -1,0 +1,246 @@
+"""The main path end to end on the embedded model: what is stored, that it repeats exactly, and how runs end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clipctl import load_spec, open_runs
+from clipctl.errors import DataError, DivergedError, SpecError
+from clipctl.train import Report, train
+
+SMALL = {
+    "run.steps": 3,
+    "rollout.prompts": 12,
+    "rollout.group_size": 4,
+    "optim.responses_per_update": 16,
+    "optim.epochs": 2,
+}
+CONTRACT = {
+    "rollouts": "rollout prompts responses tokens reward_mean mean_at_group pass_at_group entropy entropy_token_mean "
+    "entropy_normalized response_tokens_mean truncated groups_zero_advantage mismatch_max seconds_sample "
+    "seconds_reward seconds_score seconds_update",
+    "updates": "rollout inner_step loss grad_norm lr tokens tokens_advantage eps_low eps_high clip_low clip_high "
+    "ratio_low ratio_high ratio_min ratio_max noise_max entropy_token_mean",
+    "samples": "rollout prompt_id sample reward outcome advantage tokens truncated entropy text",
+    "events": "time rollout kind message data",
+    "runs": "name state created_at finished_at spec git_commit version host",
+}
+
+
+def run(tmp_path: Path, preset: str = "tiny", **options: Any) -> Path:
+    overrides = SMALL | options.pop("overrides", {})
+    return train(load_spec(preset, overrides), runs_dir=tmp_path, **options)
+
+
+def rows(folder: Path, query: str) -> list[tuple[Any, ...]]:
+    with open_runs(folder) as runs:
+        return list(runs.sql(query).fetchall())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("runs"), overrides={"run.name": "one", "store.tokens": "all"})
+
+
+@pytest.mark.parametrize("view", CONTRACT)
+def test_the_store_has_the_columns_of_the_contract(folder: Path, view: str) -> None:
+    assert rows(folder, f"select {CONTRACT[view].replace(' ', ', ')} from {view}") or view == "events"
+
+
+def test_the_folder_has_what_the_contract_says(folder: Path) -> None:
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    assert json.loads((folder / "spec.json").read_text())["run"]["name"] == "one"
+    assert (folder / "metrics.duckdb").is_file()
+    assert (folder / "checkpoints" / "3" / "model.safetensors").is_file()
+
+
+def test_counts_add_up(folder: Path) -> None:
+    updates = rows(folder, "select rollout, inner_step, tokens, tokens_advantage, clip_low, ratio_low from updates")
+    assert [(r, s) for r, s, *_ in updates] == [(r, s) for r in range(3) for s in range(6)]
+    sampled = dict(rows(folder, "select rollout, tokens from rollouts"))
+    for rollout in range(3):
+        of = [row for row in updates if row[0] == rollout]
+        assert sum(row[2] for row in of) == 2 * sampled[rollout]
+        assert all(row[3] <= row[2] and row[4] <= row[5] for row in of)
+
+
+def test_rollout_metrics_are_those_of_the_samples_and_tokens(folder: Path) -> None:
+    for rollout in range(3):
+        samples = rows(folder, f"select reward, entropy, tokens, advantage, outcome, prompt_id, position, truncated "
+                       f"from samples where rollout = {rollout} order by position, sample")  # fmt: skip
+        reward, entropy, tokens, advantage = (np.array([row[i] for row in samples], dtype=float) for i in range(4))
+        (view,) = rows(folder, f"select reward_mean, entropy, entropy_token_mean, mean_at_group, pass_at_group, "
+                       f"groups_zero_advantage, truncated, response_tokens_mean from rollouts where rollout = {rollout}")  # fmt: skip
+        groups = reward.reshape(-1, 4)
+        assert view[0] == pytest.approx(reward.mean())
+        assert view[1] == pytest.approx(entropy.mean())
+        assert view[2] == pytest.approx((entropy * tokens).sum() / tokens.sum(), rel=1e-6)
+        assert view[3] == pytest.approx(np.mean([row[4] == "correct" for row in samples]))
+        assert view[4] == pytest.approx(np.mean([g.max() == 1.0 for g in groups]))
+        assert view[5] == sum(np.ptp(g) == 0 for g in groups)
+        assert view[6] == sum(row[7] for row in samples)
+        assert view[7] == pytest.approx(tokens.mean())
+        np.testing.assert_allclose(advantage.reshape(-1, 4), groups - groups.mean(1, keepdims=True), atol=1e-12)
+        by_token = rows(folder, f"select sum(entropy), count(*) from tokens where rollout = {rollout}")
+        assert by_token[0] == (pytest.approx((entropy * tokens).sum(), rel=1e-5), tokens.sum())
+
+
+def test_the_ratio_is_exactly_1_at_inner_step_0_and_moves_after(folder: Path) -> None:
+    noise = rows(folder, "select inner_step, noise_max, ratio_min, ratio_max from updates")
+    assert all(row[1:] == (0.0, 1.0, 1.0) for row in noise if row[0] == 0)
+    assert all(row[1] is None and row[2] < 1 < row[3] for row in noise if row[0] > 0)
+
+
+def test_sampler_and_trainer_agree(folder: Path) -> None:
+    assert max(row[0] for row in rows(folder, "select mismatch_max from rollouts")) < 1e-4
+
+
+def test_two_runs_of_one_spec_store_identical_series(folder: Path, tmp_path: Path) -> None:
+    again = run(tmp_path, overrides={"run.name": "two"})
+    for query in [
+        "select * exclude (run_id, attempt) from updates order by rollout, inner_step",
+        "select * exclude (run_id, attempt) from samples order by rollout, position, sample",
+        "select * exclude (run_id, attempt, seconds_sample, seconds_reward, seconds_score, seconds_update) "
+        "from rollouts order by rollout",
+    ]:
+        assert rows(folder, query) == rows(again, query)
+    weights = [path / "checkpoints" / "3" / "model.safetensors" for path in (folder, again)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_another_seed_draws_other_prompts_and_samples(folder: Path, tmp_path: Path) -> None:
+    other = run(tmp_path, overrides={"run.seed": 1, "run.steps": 1})
+    query = "select prompt_id, text from samples where rollout = 0 order by position, sample"
+    assert rows(folder, query) != rows(other, query)
+
+
+def test_arms_of_a_sweep_see_the_same_first_rollout(folder: Path, tmp_path: Path) -> None:
+    """Another ε changes nothing before the first update: same prompts, same samples, same rewards."""
+    other = run(tmp_path, overrides={"clip.high": float("inf"), "run.steps": 1})
+    query = "select prompt_id, text, reward, entropy from samples where rollout = 0 order by position, sample"
+    assert rows(folder, query) == rows(other, query)
+
+
+def test_random_rewards_are_drawn_and_outcomes_still_graded(tmp_path: Path) -> None:
+    folder = run(tmp_path, "tiny-random", overrides={"run.steps": 1})
+    drawn = rows(folder, "select reward, outcome from samples")
+    assert {row[0] for row in drawn} == {0.0, 1.0}
+    assert {("correct", 0.0), ("correct", 1.0), ("wrong", 0.0), ("wrong", 1.0)} <= {(row[1], row[0]) for row in drawn}
+
+
+def test_reports_follow_the_run(tmp_path: Path) -> None:
+    reports: list[Report] = []
+    run(tmp_path, report=reports.append)
+    assert [report.rollout for report in reports] == [0, 1, 2]
+    assert all(report.clip_low >= 0 and report.tokens_per_second > 0 for report in reports)
+
+
+def test_dynamic_sampling_replaces_groups_without_advantage(tmp_path: Path) -> None:
+    folder = run(tmp_path, overrides={"rollout.dynamic_sampling": True, "rollout.max_refills": 8, "run.steps": 2})
+    for prompts, zero, refills, scored in rows(
+        folder, "select prompts, groups_zero_advantage, refills, responses_scored from rollouts"
+    ):
+        assert refills > 0
+        assert prompts - zero == 12
+        assert scored == 12 * 4
+    assert rows(folder, "select count(*) from updates where tokens_advantage < tokens") == [(0,)]
+
+
+def test_dynamic_sampling_that_cannot_fill_goes_on_smaller_and_says_so(tmp_path: Path) -> None:
+    """No reward ever differs: nothing to train on, no crash, one event a rollout."""
+    folder = run(
+        tmp_path,
+        overrides={
+            "rollout.dynamic_sampling": True,
+            "rollout.max_refills": 1,
+            "reward": {"kind": "bernoulli", "p": 1.0},
+            "run.steps": 2,
+        },
+    )
+    assert rows(folder, "select kind, data->>'useful' from events") == [("dynamic_sampling", "0")] * 2
+    assert rows(folder, "select prompts, refills, entropy from rollouts") == [(24, 1, None)] * 2
+    assert rows(folder, "select count(*) from updates") == [(0,)]
+
+
+def test_the_overlong_penalty_enters_the_reward(tmp_path: Path) -> None:
+    folder = run(
+        tmp_path,
+        overrides={"rollout.max_response_tokens": 12, "rollout.overlong_buffer": 6, "run.steps": 1},
+    )
+    for reward, outcome, tokens in rows(folder, "select reward, outcome, tokens from samples"):
+        assert reward == pytest.approx((outcome == "correct") - max(0, tokens - 6) / 6)
+
+
+def test_a_prompt_that_is_too_long_is_left_out_with_an_event(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"q": "1 2 3", "a": "5"}\n{"q": "1 2 3 4 5 6 7 8 9 10 11 12 13 14", "a": "5"}\n')
+    overrides = {
+        "data": {"task": "file", "path": str(data), "question_field": "q", "answer_field": "a"},
+        "rollout.max_prompt_tokens": 10,
+        "run.steps": 1,
+    }
+    folder = run(tmp_path, overrides=overrides)
+    assert rows(folder, "select kind, data->>'left_out' from events") == [("prompts_left_out", "1")]
+    with pytest.raises(DataError, match=r"rollout\.max_prompt_tokens = 2: all 2 prompts are longer"):
+        run(tmp_path, overrides=overrides | {"rollout.max_prompt_tokens": 2})
+
+
+def test_a_run_is_never_written_over(folder: Path) -> None:
+    before = (folder / "metrics.duckdb").read_bytes()
+    with pytest.raises(SpecError, match="one"):
+        run(folder.parent, overrides={"run.name": "one"})
+    assert (folder / "metrics.duckdb").read_bytes() == before
+
+
+def test_responses_longer_than_the_context_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"rollout\.max_response_tokens = 100000: .* exceeds the \d+ positions"):
+        run(tmp_path, overrides={"rollout.max_response_tokens": 100_000})
+    assert not list(tmp_path.iterdir())
+
+
+def explode(completion: str, problem: Any) -> float:
+    """A reward that is not a number."""
+    return float("nan")
+
+
+def test_a_reward_that_is_not_finite_ends_the_run_as_diverged(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError):
+        run(tmp_path, overrides={"reward": {"kind": "function", "function": f"{__name__}:explode"}, "run.name": "bad"})
+    assert json.loads((tmp_path / "bad" / "status.json").read_text())["state"] == "diverged"
+
+
+def test_ctrl_c_ends_cleanly_and_keeps_what_was_measured(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "clipctl", "train", "--preset", "tiny", "--steps", "500", "--name", "stopped"]
+    process = subprocess.Popen(
+        [*command, "--runs-dir", str(tmp_path)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )  # fmt: skip
+    assert process.stderr is not None
+    while "rollout 2/500" not in process.stderr.readline():
+        assert process.poll() is None
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1].startswith("clipctl: stopped by hand; what was measured is in")
+    assert "Traceback" not in errors
+    assert json.loads((tmp_path / "stopped" / "status.json").read_text())["state"] == "interrupted"
+    stored = rows(tmp_path, "select count(*), min(state) from rollouts join runs using (run_id)")
+    assert stored[0][0] >= 2
+    assert stored[0][1] == "interrupted"
+
+
+@pytest.mark.slow
+def test_tiny_learns(tmp_path: Path) -> None:
+    """Mean reward of the last five rollouts is clearly above that of the first five."""
+    folder = train(load_spec("tiny", {"run.steps": 25}), runs_dir=tmp_path)
+    reward = [row[0] for row in rows(folder, "select reward_mean from rollouts order by rollout")]
+    assert np.mean(reward[-5:]) > np.mean(reward[:5]) + 0.1
