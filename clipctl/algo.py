@@ -1,7 +1,8 @@
-"""GRPO's arithmetic as pure tensor functions: advantages, the clipped surrogate and its counts, loss weights, pass@k.
+"""GRPO as the paper has it (arXiv 2509.26114), in pure tensor functions: advantages, objectives, clip counts, weights.
 
-Letters as in `clipctl.rollout`: P prompts, G group, R responses, T tokens. Sources: arXiv 2402.03300 (GRPO),
-2503.20783 (Dr. GRPO: no standard deviation), 2503.14476 (DAPO), 2509.26114 (sided clipping and entropy).
+The advantage is the reward minus its group's mean, without the standard deviation (Dr. GRPO, arXiv 2503.20783). ε_low
+and ε_high are independent; 1.0 and inf are off. Sums and counts, never means: those of micro-batches and ranks add up.
+Dimension letters: P prompts, G responses of a group, R responses, T tokens. Per-token functions take any shape.
 """
 
 import math
@@ -13,16 +14,17 @@ import torch
 from torch import Tensor
 
 EQUAL_REWARDS = 1e-9
-"""Rewards of a group that differ by at most this much are equal: its advantages are exactly 0."""
+"""A group whose rewards lie within this has advantage exactly 0: float noise must not make a gradient."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClipCounts:
-    """Tokens inside the mask, by what clipping does to them. Counts of micro-batches add up.
+    """Counts of tokens inside the mask, and sums and extremes of their ratios r = π(y)/π_old(y); scalars.
 
-    clip_low: A < 0 and r < 1-ε_low. clip_high: A > 0 and r > 1+ε_high (where the gradient really vanishes).
-    ratio_low, ratio_high: the same ratios whatever A (the paper's events X and Y). tokens_advantage: A ≠ 0.
-    ratio_sum, ratio_min, ratio_max: of r = π/π_old; an empty mask has 0, inf and -inf.
+    clip_low: A < 0 and r < 1 - ε_low. clip_high: A > 0 and r > 1 + ε_high. The active events, whose gradient is 0.
+    ratio_low, ratio_high: r < 1 - ε_low, r > 1 + ε_high, whatever A (the paper's X and Y).
+    tokens, tokens_advantage: all, those with A ≠ 0; the two denominators of every fraction. The counts are int64.
+    ratio_min, ratio_max, ratio_sum: float64; inf, -inf, 0 of no token.
     """
 
     clip_low: Tensor
@@ -31,11 +33,12 @@ class ClipCounts:
     ratio_high: Tensor
     tokens: Tensor
     tokens_advantage: Tensor
-    ratio_sum: Tensor
     ratio_min: Tensor
     ratio_max: Tensor
+    ratio_sum: Tensor
 
     def __add__(self, other: Self) -> "ClipCounts":
+        """The counts of both sets of tokens together."""
         return ClipCounts(
             self.clip_low + other.clip_low,
             self.clip_high + other.clip_high,
@@ -43,14 +46,14 @@ class ClipCounts:
             self.ratio_high + other.ratio_high,
             self.tokens + other.tokens,
             self.tokens_advantage + other.tokens_advantage,
-            self.ratio_sum + other.ratio_sum,
             torch.minimum(self.ratio_min, other.ratio_min),
             torch.maximum(self.ratio_max, other.ratio_max),
+            self.ratio_sum + other.ratio_sum,
         )
 
 
 class Objective(Protocol):
-    """A per-token objective, to be maximised, and the counts that go with it."""
+    """(log π, log π_old, A, mask) of tokens → objective of each, to be maximised, and counts."""
 
     def __call__(
         self,
@@ -65,20 +68,20 @@ class Objective(Protocol):
 
 
 def group_advantages(rewards_PG: Tensor) -> Tensor:
-    """Reward minus the group's mean, [P,G] float64, without division by the standard deviation (arXiv 2503.20783).
+    """A = reward - mean of its group's rewards, [P,G] float64; exactly 0 in a group with max - min ≤ 1e-9.
 
-    The mean is taken in float64, and a group whose rewards are equal has exactly 0: a mean that is off by one rounding
-    would otherwise make an advantage out of nothing.
+    rewards_PG: of any dtype; a reward that is not finite makes its group's advantages NaN.
     """
-    assert rewards_PG.ndim == 2
-    rewards_PG = rewards_PG.double()
-    advantages_PG = rewards_PG - rewards_PG.mean(-1, keepdim=True)
-    return torch.where(zero_advantage_groups(rewards_PG)[:, None], torch.zeros_like(advantages_PG), advantages_PG)
+    assert rewards_PG.ndim == 2, f"rewards must be [prompts, group], not {tuple(rewards_PG.shape)}"
+    rewards_PG = rewards_PG.detach().double()
+    centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    return centred_PG.masked_fill(zero_advantage_groups(rewards_PG).unsqueeze(1), 0.0)
 
 
 def zero_advantage_groups(rewards_PG: Tensor) -> Tensor:
-    """Groups whose rewards are all equal (max - min ≤ 1e-9), bool [P]."""
-    return (rewards_PG.amax(-1) - rewards_PG.amin(-1)) <= EQUAL_REWARDS
+    """Which groups have equal rewards (max - min ≤ 1e-9), and so no gradient; bool [P]."""
+    rewards_PG = rewards_PG.double()
+    return rewards_PG.amax(1) - rewards_PG.amin(1) <= EQUAL_REWARDS
 
 
 def clipped_surrogate(
@@ -90,16 +93,22 @@ def clipped_surrogate(
     eps_low: float,
     eps_high: float,
 ) -> tuple[Tensor, ClipCounts]:
-    """min(r A, clip(r, 1-ε_low, 1+ε_high) A) per token with r = exp(logprob - old_logprob); 0 outside the mask.
+    """min(r A, clip(r, 1-ε_low, 1+ε_high) A) with r = exp(log π - log π_old), per token, and counts.
 
-    All four tensors have one shape or broadcast to it (advantages of a response: [R,1]); mask is bool. ε_low = 1 and
-    ε_high = inf are off. Gradients reach logprob only, and are exactly 0 where clipping is active. What stands outside
-    the mask, NaN included, touches neither value nor gradient. Source: arXiv 1707.06347, eq. 7, with two ε.
+    logprob, old_logprob: nats, one shape. advantages: broadcast to it. mask: bool, True on response tokens; what lies
+    outside may be anything. Returns the objective, to be maximised, in logprob's dtype, 0 outside the mask; only
+    logprob gets a gradient, A·r·∇log π, exactly 0 where the clip is active. Source: arXiv 1707.06347 eq. 7, with
+    the two sides of arXiv 2503.14476 eq. 10.
     """
-    ratio, advantages, mask = _masked_ratio(logprob, old_logprob, advantages, mask)
-    clipped = ratio.clamp(1.0 - eps_low, 1.0 + eps_high)
-    objective = torch.minimum(ratio * advantages, clipped * advantages)
-    return objective, clip_counts(ratio.detach(), advantages, mask, eps_low=eps_low, eps_high=eps_high)
+    ratio, advantages, mask = _ratio(logprob, old_logprob, advantages, mask)
+    low, high = ratio < 1 - eps_low, ratio > 1 + eps_high
+    clip_low, clip_high = low & (advantages < 0), high & (advantages > 0)
+    # Clipped tokens leave before exp: through a ratio that overflowed, a gradient of 0 would become NaN.
+    live = mask & (advantages != 0) & ~clip_low & ~clip_high
+    surrogate = advantages * torch.where(live, logprob - old_logprob.detach(), 0.0).exp()
+    clipped = torch.where(clip_low, (1 - eps_low) * advantages, 0.0)
+    clipped = torch.where(clip_high, (1 + eps_high) * advantages, clipped)
+    return torch.where(live, surrogate, clipped), _counts(ratio, advantages, mask, low, high, clip_low, clip_high)
 
 
 def reinforce_objective(
@@ -111,61 +120,78 @@ def reinforce_objective(
     eps_low: float,
     eps_high: float,
 ) -> tuple[Tensor, ClipCounts]:
-    """A log π per token, 0 outside the mask: unbiased for one update a rollout, and never clipped.
+    """A·log π per token, without ratio and clipping: unbiased for the first update of a rollout, and only for it.
 
-    Same arguments as `clipped_surrogate`; the ratios are counted against ε_low and ε_high, the active clips are 0.
+    Arguments and results as in `clipped_surrogate`; nothing is clipped, so the active counts are 0 and ε only says
+    which ratios are counted. Source: Williams 1992, REINFORCE with the group's mean as its baseline.
     """
-    ratio, advantages, mask = _masked_ratio(logprob, old_logprob, advantages, mask)
-    objective = torch.where(mask, logprob, 0.0) * advantages
-    counts = clip_counts(ratio.detach(), advantages, mask, eps_low=eps_low, eps_high=eps_high)
-    none = torch.zeros_like(counts.clip_low)
-    return objective, ClipCounts(
-        none,
-        none,
-        counts.ratio_low,
-        counts.ratio_high,
-        counts.tokens,
-        counts.tokens_advantage,
-        counts.ratio_sum,
-        counts.ratio_min,
-        counts.ratio_max,
-    )
+    ratio, advantages, mask = _ratio(logprob, old_logprob, advantages, mask)
+    live = mask & (advantages != 0)
+    objective = torch.where(live, advantages * torch.where(live, logprob, 0.0), 0.0)
+    never = torch.zeros_like(mask)
+    low, high = ratio < 1 - eps_low, ratio > 1 + eps_high
+    return objective, _counts(ratio, advantages, mask, low, high, never, never)
 
 
 OBJECTIVES: dict[str, Objective] = {"clip": clipped_surrogate, "reinforce": reinforce_objective}
+"""The objectives of `loss.objective`."""
 
 
-def clip_counts(ratio: Tensor, advantages: Tensor, mask: Tensor, *, eps_low: float, eps_high: float) -> ClipCounts:
-    """The sided counts over the mask, as int64 scalars; see `ClipCounts`. ratio: r, inf or NaN outside are ignored."""
-    low = mask & (ratio < 1.0 - eps_low)
-    high = mask & (ratio > 1.0 + eps_high)
-    inside = ratio.double()
+def _ratio(logprob: Tensor, old_logprob: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """r without a gradient, 1 outside the mask; A in logprob's shape and dtype, 0 outside the mask; the mask, bool."""
+    assert logprob.shape == old_logprob.shape, f"{tuple(logprob.shape)} log-probs, {tuple(old_logprob.shape)} old ones"
+    mask = mask.bool().expand(logprob.shape)
+    advantages = torch.where(mask, advantages.detach().to(logprob.dtype), 0.0)
+    assert advantages.shape == logprob.shape, f"{tuple(logprob.shape)} tokens, {tuple(advantages.shape)} advantages"
+    log_ratio = torch.where(mask, logprob.detach() - old_logprob.detach(), 0.0)
+    return log_ratio.exp(), advantages, mask
+
+
+def _counts(
+    ratio: Tensor, advantages: Tensor, mask: Tensor, low: Tensor, high: Tensor, clip_low: Tensor, clip_high: Tensor
+) -> ClipCounts:
+    """Counts of what `_ratio` returned; ratios outside the mask are 1, which no ε ≥ 0 counts."""
+    inside = ratio[mask].double()
+    edge = torch.full((1,), math.inf, dtype=torch.float64, device=ratio.device)
     return ClipCounts(
-        clip_low=(low & (advantages < 0)).sum(),
-        clip_high=(high & (advantages > 0)).sum(),
+        clip_low=clip_low.sum(),
+        clip_high=clip_high.sum(),
         ratio_low=low.sum(),
         ratio_high=high.sum(),
         tokens=mask.sum(),
-        tokens_advantage=(mask & (advantages != 0)).sum(),
-        ratio_sum=torch.where(mask, inside, 0.0).sum(),
-        ratio_min=_extreme(torch.where(mask, inside, torch.inf), torch.amin, torch.inf),
-        ratio_max=_extreme(torch.where(mask, inside, -torch.inf), torch.amax, -torch.inf),
+        tokens_advantage=(advantages != 0).sum(),
+        ratio_min=torch.cat([inside, edge]).amin(),
+        ratio_max=torch.cat([inside, -edge]).amax(),
+        ratio_sum=inside.sum(),
     )
 
 
+def loss_weights(lengths_R: Tensor, aggregation: str, constant: int) -> Tensor:
+    """The loss weight w of every token of each response of one **whole** optimizer batch, float64 [R].
+
+    lengths_R: response lengths in tokens, truncated and zero-advantage responses too. constant: L, used by `constant`
+    alone. aggregation: a key of AGGREGATIONS. Fixed before the batch is split, so any split gives the same gradient.
+    """
+    lengths_R = lengths_R.double()
+    assert lengths_R.ndim == 1
+    assert bool((lengths_R >= 1).all()), "every response has at least one token"
+    return AGGREGATIONS[aggregation](lengths_R, constant)
+
+
 def token_mean(lengths_R: Tensor, constant: int) -> Tensor:
-    """1/N for each of the N tokens of the optimizer batch (DAPO)."""
-    return (1.0 / lengths_R.sum()).expand_as(lengths_R)
+    """w = 1/N with N = Σ T_i, the tokens of the optimizer batch (DAPO, arXiv 2503.14476 eq. 12)."""
+    return torch.ones_like(lengths_R) / lengths_R.sum()
 
 
 def sequence_mean(lengths_R: Tensor, constant: int) -> Tensor:
-    """1/(B·T_i): the mean over B responses of the mean over their tokens (GRPO)."""
-    return 1.0 / (len(lengths_R) * lengths_R)
+    """w_i = 1/(B·T_i) with B responses (GRPO, arXiv 2402.03300 eq. 3; the paper's theory)."""
+    return 1 / (len(lengths_R) * lengths_R)
 
 
 def constant_divisor(lengths_R: Tensor, constant: int) -> Tensor:
-    """1/(B·L) with one constant L for all responses (Dr. GRPO)."""
-    return torch.full_like(lengths_R, 1.0 / (len(lengths_R) * constant))
+    """w = 1/(B·L) with a constant L (Dr. GRPO, arXiv 2503.20783)."""
+    assert constant >= 1
+    return torch.ones_like(lengths_R) / (len(lengths_R) * constant)
 
 
 AGGREGATIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -173,43 +199,46 @@ AGGREGATIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "sequence_mean": sequence_mean,
     "constant": constant_divisor,
 }
+"""The weights of `loss.aggregation`; each takes (lengths_R float64, constant)."""
 
 
-def loss_weights(lengths_R: Tensor, aggregation: str, constant: int) -> Tensor:
-    """Weight of each token of every response, [R] float64, over one whole optimizer batch.
+def overlong_penalty(lengths_R: Tensor, max_tokens: int, buffer: int, penalty: float) -> Tensor:
+    """DAPO's soft overlong punishment, a reward term ≤ 0 in the shape of lengths_R, float64.
 
-    lengths_R: response lengths in tokens, all of them, truncated and without advantage too. Fixed before the batch is
-    split into micro-batches, so any split has one gradient.
+    0 up to max_tokens - buffer tokens, then linear down to -penalty at max_tokens; buffer = 0: 0 everywhere.
+    Source: arXiv 2503.14476 eq. 13, times `penalty`.
     """
-    assert (lengths_R > 0).all()
-    return AGGREGATIONS[aggregation](lengths_R.double(), constant)
-
-
-def overlong_penalty(lengths_R: Tensor, *, max_tokens: int, buffer: int, penalty: float) -> Tensor:
-    """DAPO's soft overlong penalty, float64, any shape: 0 up to max_tokens - buffer, then linear to -penalty at
-    max_tokens (arXiv 2503.14476, eq. 13). buffer 0 is off."""
+    lengths_R = lengths_R.double()
     if buffer == 0:
-        return torch.zeros(lengths_R.shape, dtype=torch.float64)
-    over = (lengths_R.double() - (max_tokens - buffer)).clamp(min=0.0, max=float(buffer))
-    return -penalty * over / buffer
+        return torch.zeros_like(lengths_R)
+    over_R = ((lengths_R - (max_tokens - buffer)) / buffer).clamp(0.0, 1.0)
+    return torch.where(over_R > 0, -penalty * over_R, 0.0)
+
+
+def expected_zero_advantage_share(kind: str, p: float, group_size: int) -> float:
+    """Expected share of groups with equal rewards under the random reward `kind`.
+
+    bernoulli: p^G + (1-p)^G. rademacher: 2·0.5^G. normal, uniform: 0. p: of `bernoulli` alone.
+    Raises ValueError for another kind: a graded reward's share depends on the model.
+    """
+    if kind == "bernoulli":
+        return p**group_size + (1 - p) ** group_size
+    if kind == "rademacher":
+        return 2 * 0.5**group_size
+    if kind in ("normal", "uniform"):
+        return 0.0
+    raise ValueError(f"kind = {kind!r} is not a random reward: bernoulli, rademacher, normal, uniform")
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased pass@k of one problem: 1 - C(n-c, k)/C(n, k) (arXiv 2107.03374). Raises ValueError for k > n or c > n."""
-    if not 0 <= num_correct <= num_samples or not 1 <= k <= num_samples:
-        raise ValueError(f"pass@k needs 0 ≤ c ≤ n and 1 ≤ k ≤ n, found n = {num_samples}, c = {num_correct}, k = {k}")
-    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+    """The unbiased estimate of the chance that one of k samples is correct: 1 - C(n-c, k) / C(n, k).
 
-
-def _masked_ratio(
-    logprob: Tensor, old_logprob: Tensor, advantages: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """r, A and mask in one shape; outside the mask r = 1 and A = 0, put there before exp so that nothing leaks."""
-    logprob, old_logprob, advantages, mask = torch.broadcast_tensors(logprob, old_logprob.detach(), advantages.detach(), mask)
-    assert mask.dtype == torch.bool
-    log_ratio = torch.where(mask, logprob, 0.0) - torch.where(mask, old_logprob, 0.0)
-    return log_ratio.exp(), torch.where(mask, advantages, 0.0), mask
-
-
-def _extreme(values: Tensor, reduce: Callable[[Tensor], Tensor], empty: float) -> Tensor:
-    return reduce(values) if values.numel() else values.new_tensor(empty)
+    num_samples: n. num_correct: c. Exact up to one rounding, whatever n. Raises ValueError unless 1 ≤ k ≤ n and
+    0 ≤ c ≤ n. Source: arXiv 2107.03374 eq. 1.
+    """
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"k = {k}: it must be from 1 to num_samples = {num_samples}")
+    if not 0 <= num_correct <= num_samples:
+        raise ValueError(f"num_correct = {num_correct}: it must be from 0 to num_samples = {num_samples}")
+    draws = math.comb(num_samples, k)
+    return (draws - math.comb(num_samples - num_correct, k)) / draws

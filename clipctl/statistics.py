@@ -15,15 +15,15 @@ the leading dimension, which is several times faster for vocabularies of a few d
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 23}
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 23}
 """Logits of one chunk (tokens × vocabulary), by device: small enough for the cache, large enough for the products."""
-CHUNK_VOCABULARY = {"cpu": 4096, "cuda": 8192}
+CHUNK_VOCABULARY = {"cpu": 2048, "cuda": 8192}
 """Vocabulary of one chunk where there are tokens enough to fill it."""
 
 
@@ -56,7 +56,8 @@ def token_statistics(
     """
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature = {temperature}: it must be above 0 and finite")
-    assert hidden_TD.ndim == head_VD.ndim == 2 and hidden_TD.shape[1] == head_VD.shape[1]
+    assert hidden_TD.ndim == head_VD.ndim == 2
+    assert hidden_TD.shape[1] == head_VD.shape[1]
     assert targets_T.shape == hidden_TD.shape[:1]
     assert hidden_TD.dtype == head_VD.dtype != torch.float64, f"{hidden_TD.dtype} hidden, {head_VD.dtype} head"
     return TokenStatistics(*_Statistics.apply(hidden_TD, head_VD, targets_T, float(temperature)))  # type: ignore[no-untyped-call]
@@ -70,7 +71,7 @@ def float32_logits(hidden_BD: Tensor, head_VD: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Sums:
-    """m, S1, T1, S2, T2 of a part of the vocabulary, and the target's z (NaN until its part has been seen); each [T]."""
+    """m, S1, T1, S2, T2 of a part of the vocabulary, and the target's z (NaN where the part has it not); each [T]."""
 
     max_T: Tensor
     s1_T: Tensor
@@ -80,11 +81,25 @@ class _Sums:
     target_T: Tensor
 
 
+class _Context(Protocol):
+    """What autograd hands to both passes."""
+
+    temperature: float
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+    def mark_non_differentiable(self, *outputs: Tensor) -> None: ...
+
+
 class _Statistics(torch.autograd.Function):
     """The pass with its own gradient, d log π(y)/dz = 1{v=y} - π and dH/dz = -π (log π + H)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, temperature: float) -> Any:
+    def forward(
+        ctx: _Context, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         sums = _token_sums(hidden_TD, head_VD, targets_T, temperature)
         log_s1_T = sums.s1_T.log()
         mean_T = sums.t1_T / sums.s1_T
@@ -101,9 +116,11 @@ class _Statistics(torch.autograd.Function):
         return logprob_T, entropy_T, sum_p2_T, sum_p2_logp_T, expected_q_T
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_logprob_T: Tensor | None, grad_entropy_T: Tensor | None, *_: None) -> Any:
-        needs_hidden, needs_head, *_rest = ctx.needs_input_grad
+    @once_differentiable
+    def backward(
+        ctx: _Context, grad_logprob_T: Tensor | None, grad_entropy_T: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]
         if (grad_logprob_T is None and grad_entropy_T is None) or not (needs_hidden or needs_head):
             return None, None, None, None
         hidden_TD, head_VD, targets_T, lse_T, entropy_T = ctx.saved_tensors
@@ -246,7 +263,7 @@ def _local_targets(targets_T: Tensor, start: int, size: int) -> tuple[Tensor, Te
 
 
 def _operand(matrix: Tensor) -> Tensor:
-    """What the products take: 16-bit matrices as float32 copies on the CPU, which has no product of them into float32."""
+    """What the products take: on the CPU, which has no product of 16-bit matrices into float32, float32 copies."""
     return matrix.float() if matrix.device.type == "cpu" else matrix
 
 
@@ -267,10 +284,10 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @contextmanager
 def _exact_products(operand: Tensor) -> Iterator[None]:
-    """Float32 products that lose nothing: no TF32, and bfloat16 units of the CPU only for values that are bfloat16, which
-    multiply them exactly and sum in float32."""
+    """No TF32 in float32 products; for values that are bfloat16 the CPU's bfloat16 units, whose products are exact and
+    whose sums are float32."""
     on_cpu = operand.device.type == "cpu"
-    backend = torch.backends.mkldnn.matmul if on_cpu else torch.backends.cuda.matmul
+    backend = torch.backends.mkldnn.matmul if on_cpu else torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = backend.fp32_precision
     backend.fp32_precision = "bf16" if on_cpu and operand.dtype == torch.bfloat16 else "ieee"
     try:

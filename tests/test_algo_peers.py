@@ -2,19 +2,17 @@
 
 Their own code runs; each part is skipped where the package is absent. Where they differ from clipctl:
 
-* TRL 1.16 takes ε_high from `epsilon` when `epsilon_high` is unset, has no option for off (any ε_high works, inf too), an
-  upper clamp of the ratio (`delta`) that is off here, a KL term (`beta`) that is off here, and advantages divided by the
-  standard deviation by default (`scale_rewards`; here they are given). Its weights are those of one micro-batch, so they
-  agree with the whole optimizer batch's only where that is one micro-batch, as here. Its clip metrics are means over the
-  tokens of the mask: counts over the same denominator.
-* verl 0.9 clamps log r to ±20, counts both sides in one fraction, and clips A < 0 once more at ratio `clip_ratio_c` = 3
-  (dual clip), which cannot be switched off: it is set above every ratio here, and one test shows what it would change.
-  `clip_ratio_high` has to be finite only by its type; inf works.
+* TRL 1.16 takes ε_high from `epsilon` where `epsilon_high` is unset, and has no name for off (inf works, and is used
+  here). Its upper clamp of the ratio (`delta`) and its KL term (`beta`) are off here; it divides advantages by the
+  standard deviation by default (`scale_rewards`), here they are given. Its weights are those of one micro-batch, so
+  they are the optimizer batch's only where that is one micro-batch, as here. Its clip metrics are means over the
+  tokens of the mask: counts over one of clipctl's two denominators. The entropy is compared in passing.
+* verl 0.9 clamps log r to ±20, has both sides in one fraction, and clips A < 0 once more at ratio `clip_ratio_c` = 3
+  (dual clip), which cannot be switched off: here it is above every ratio, and one test shows what it changes.
 """
 
 import math
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -23,6 +21,9 @@ from torch import Tensor
 
 from clipctl.algo import clipped_surrogate, loss_weights
 from clipctl.statistics import token_statistics
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
 
 CLIPS = [(0.15, 0.3), (0.3, 0.15), (0.2, math.inf), (1.0, 0.1)]
 ADVANTAGES = torch.tensor([0.75, -0.25, -0.25, -0.25, 0.5, -1.0, 0.0, 0.5])
@@ -37,7 +38,7 @@ def masked(lengths: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def trl_trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def trl_trainer(tmp_path_factory: pytest.TempPathFactory) -> "GRPOTrainer":
     """A GRPOTrainer as users build it, on a small random model."""
     trl = pytest.importorskip("trl")
     from datasets import Dataset
@@ -87,7 +88,7 @@ def trl_inputs() -> dict[str, Tensor]:
     }
 
 
-def our_statistics(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def our_statistics(model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """log π(y) and H of every completion position, [R,T], at temperature 1.3."""
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
@@ -104,7 +105,7 @@ def our_statistics(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tenso
 )
 @pytest.mark.parametrize(("eps_low", "eps_high"), CLIPS)
 def test_trl_has_the_same_loss_gradient_counts_and_entropy(
-    trl_trainer: Any, loss_type: str, aggregation: str, eps_low: float, eps_high: float
+    trl_trainer: "GRPOTrainer", loss_type: str, aggregation: str, eps_low: float, eps_high: float
 ) -> None:
     trainer, model = trl_trainer, trl_trainer.model
     trainer.loss_type, trainer.epsilon_low, trainer.epsilon_high = loss_type, eps_low, eps_high

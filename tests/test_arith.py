@@ -27,7 +27,12 @@ def test_first_problems_are_pinned(style: str, first: list[tuple[str, str]]) -> 
     assert arith_problems(style, 3, 0) == first
 
 
-@given(seed=st.integers(0, 2**31), fewer=st.integers(1, 60), more=st.integers(0, 60), style=st.sampled_from(["expression", "words"]))
+@given(
+    seed=st.integers(0, 2**31),
+    fewer=st.integers(1, 60),
+    more=st.integers(0, 60),
+    style=st.sampled_from(["expression", "words"]),
+)
 @settings(max_examples=20, deadline=None)
 def test_more_problems_begin_with_the_fewer(seed: int, fewer: int, more: int, style: str) -> None:
     problems = arith_problems(style, fewer + more, seed)

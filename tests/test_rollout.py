@@ -11,7 +11,13 @@ from clipctl.rollout import Batch, keyed_rng, microbatches, minibatches, stream_
 def test_keyed_rng_depends_on_the_whole_key_and_nothing_else() -> None:
     first = keyed_rng(3, "sample", 1, 2).random(4)
     np.testing.assert_array_equal(keyed_rng(3, "sample", 1, 2).random(4), first)
-    for other in [(4, "sample", 1, 2), (3, "reward", 1, 2), (3, "sample", 12), (3, "sample", 2, 1), (3, "sample", 1, "2")]:
+    for other in [
+        (4, "sample", 1, 2),
+        (3, "reward", 1, 2),
+        (3, "sample", 12),
+        (3, "sample", 2, 1),
+        (3, "sample", 1, "2"),
+    ]:
         assert (keyed_rng(*other).random(4) != first).all()
 
 

@@ -65,9 +65,7 @@ def test_pretraining_text_is_what_the_chat_template_and_the_tokenizer_give(token
         spoken = tokenizer.decode(ids[8:], skip_special_tokens=True)
         x, y, _, z, _ = map(int, re.findall(r"\d+", spoken))
         assert sorted((x, y, z)) == sorted(terms)
-        assert re.fullmatch(
-            r"\w+ \d+ (plus|and|with) \d+ (is|makes) \d+ (plus|and|then) \d+ (is|makes) \d+\.", spoken
-        )
+        assert re.fullmatch(r"\w+ \d+ (plus|and|with) \d+ (is|makes) \d+ (plus|and|then) \d+ (is|makes) \d+\.", spoken)
 
 
 def test_sums_are_right_as_often_as_the_addition_table_says() -> None:
