@@ -325,6 +325,11 @@ def preset_text(name: str) -> str:
     return (_presets_folder() / f"{name}.toml").read_text()
 
 
+def preset_layer(name: str) -> dict[str, Any]:
+    """A preset as nested dicts. Raises SpecError for an unknown name."""
+    return tomllib.loads(preset_text(name))
+
+
 def load_spec(preset_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunSpec:
     """The resolved spec of a preset name or a TOML file, with overrides by dotted key (`{"clip.low": 0.1}`).
 
@@ -332,7 +337,7 @@ def load_spec(preset_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     """
     source = str(preset_or_path)
     is_file = isinstance(preset_or_path, Path) or source.endswith(".toml") or "/" in source
-    layer = read_toml(Path(source)) if is_file else tomllib.loads(preset_text(source))
+    layer = read_toml(Path(source)) if is_file else preset_layer(source)
     return resolve_spec(layer, nest(overrides or {}))
 
 

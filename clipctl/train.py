@@ -150,6 +150,7 @@ def run_rollouts(job: Job) -> None:
             [update_row(spec, step, responses, result) for step, (responses, result) in enumerate(updates)],
             sample_columns(drawn.groups, trained, old),
             token_columns(trained, old, spec.store.tokens),
+            texts=spec.store.texts,
         )
         job.report(make_report(spec, rollout, row, [result for _, result in updates], seconds))
         if spec.checkpoint.every and (rollout + 1) % spec.checkpoint.every == 0 and rollout + 1 < spec.run.steps:

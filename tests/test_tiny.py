@@ -65,7 +65,10 @@ def test_pretraining_text_is_what_the_chat_template_and_the_tokenizer_give(token
         spoken = tokenizer.decode(ids[8:], skip_special_tokens=True)
         x, y, _, z, _ = map(int, re.findall(r"\d+", spoken))
         assert sorted((x, y, z)) == sorted(terms)
-        assert re.fullmatch(r"\w+ \d+ (plus|and|with) \d+ (is|makes) \d+ (plus|and|then) \d+ (is|makes) \d+\.", spoken)
+        assert re.fullmatch(
+            r"\w+ \d+ (plus|\+|and|with) \d+ (is|=|makes|gives) \d+ (plus|and|then|with) \d+ (is|=|makes|gives) \d+\.",
+            spoken,
+        )
 
 
 def test_sums_are_right_as_often_as_the_addition_table_says() -> None:
@@ -80,7 +83,7 @@ def test_sums_are_right_as_often_as_the_addition_table_says() -> None:
 
 
 def test_base_numbers(model, tokenizer) -> None:  # noqa: ANN001
-    """mean@8, pass@8 and entropy (Eq. 4) at temperature 1 are in the ranges that leave something to learn and to lose."""
+    """mean@8, pass@8 and entropy (Eq. 4) at temperature 1 leave something to learn and something to lose."""
     problems, samples, spoken = arith_problems("expression", 200, 9), 8, 16
     prompts = [
         tokenizer.apply_chat_template(

@@ -1,0 +1,750 @@
+"""The store: an append-only journal of Parquet segments per run, folded into `metrics.duckdb` when an attempt ends.
+
+A run's folder has one writer. Each rollout appends one segment per table, written under another name, fsynced and
+renamed, with page checksums; the `rollouts` segment comes last and is the commit record. `metrics.duckdb` is built as a
+new file and renamed, so nothing ever waits for a lock. Readers open an in-memory database, take what each run's
+`metrics.duckdb` holds and the committed segments that it does not, and never write into a run.
+
+Sums and counts are stored, the views make the means; empty is NULL, never NaN. This is the only module with SQL.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from clipctl import __version__
+from clipctl.errors import SpecError, StoreError
+
+if TYPE_CHECKING:
+    import duckdb
+    import pyarrow as pa
+
+SCHEMA_VERSION = 1
+HEARTBEAT_SECONDS = 120.0
+"""A run that says `running` and has not been heard of for this long has crashed."""
+
+_KEYS = {"run_id": "string", "attempt": "int32"}
+TABLES: dict[str, dict[str, str]] = {
+    "rollouts": {
+        "rollout": "int64",
+        "prompts": "int64",
+        "responses": "int64",
+        "tokens": "int64",
+        "reward_sum": "float64",
+        "reward_sq_sum": "float64",
+        "graded": "int64",
+        "correct": "int64",
+        "groups_correct": "int64",
+        "no_answer": "int64",
+        "grader_failures": "int64",
+        "responses_scored": "int64",
+        "tokens_scored": "int64",
+        "entropy_response_sum": "float64",
+        "entropy_token_sum": "float64",
+        "truncated": "int64",
+        "groups_zero_advantage": "int64",
+        "refills": "int64",
+        "mismatch_max": "float64",
+        "mismatch_sum": "float64",
+        "seconds_sample": "float64",
+        "seconds_reward": "float64",
+        "seconds_score": "float64",
+        "seconds_update": "float64",
+    },
+    "updates": {
+        "rollout": "int64",
+        "inner_step": "int64",
+        "loss": "float64",
+        "grad_norm": "float64",
+        "lr": "float64",
+        "responses": "int64",
+        "tokens": "int64",
+        "tokens_advantage": "int64",
+        "eps_low": "float64",
+        "eps_high": "float64",
+        "clip_low": "int64",
+        "clip_high": "int64",
+        "ratio_low": "int64",
+        "ratio_high": "int64",
+        "ratio_sum": "float64",
+        "ratio_min": "float64",
+        "ratio_max": "float64",
+        "kl_sum": "float64",
+        "noise_max": "float64",
+        "entropy_token_sum": "float64",
+    },
+    "samples": {
+        "rollout": "int64",
+        "prompt_id": "string",
+        "position": "int64",
+        "sample": "int32",
+        "reward": "float64",
+        "outcome": "string",
+        "advantage": "float64",
+        "tokens": "int32",
+        "truncated": "bool",
+        "entropy": "float64",
+        "logprob_sum": "float64",
+    },
+    "texts": {"rollout": "int64", "position": "int64", "sample": "int32", "text": "string"},
+    "tokens": {
+        "rollout": "int64",
+        "prompt_id": "string",
+        "position": "int64",
+        "sample": "int32",
+        "token": "int32",
+        "token_id": "int32",
+        "logprob": "float32",
+        "entropy": "float32",
+        "sampler_logprob": "float32",
+        "advantage": "float32",
+    },
+    "events": {"time": "timestamp", "rollout": "int64", "kind": "string", "message": "string", "data": "string"},
+}
+FOLDED = ("rollouts", "updates", "samples", "events")
+"""Tables that move into metrics.duckdb; texts and tokens stay Parquet shards."""
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def create_run(runs_dir: Path, name: str, spec_json: str, label: str) -> "RunWriter":
+    """A new run's folder and its only writer. Raises SpecError for a name that exists, StoreError where it cannot write.
+
+    Making the folder is the lock: of two processes that start one name, one is refused.
+    """
+    folder = runs_dir / name
+    try:
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+    except FileExistsError as error:
+        if Path(error.filename or "") == folder:
+            raise SpecError(
+                f"run.name: {name!r} exists in {runs_dir}; choose another --name, or look at it: clipctl analyze {folder}"
+            ) from None
+        raise StoreError(f"--runs-dir: {runs_dir} is not a folder") from None
+    except OSError as error:
+        raise StoreError(f"--runs-dir: {folder} cannot be made: {error.strerror}") from None
+    return RunWriter(folder, spec_json, label)
+
+
+class RunWriter:
+    """Writes one run. Every method raises StoreError, and leaves what was committed readable, when the disk fails."""
+
+    def __init__(self, folder: Path, spec_json: str, label: str) -> None:
+        import threading
+
+        self.folder = folder
+        self.attempt = 0
+        self._events = 0
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        now = _now()
+        self._status: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "name": folder.name,
+            "preset": label,
+            "state": "running",
+            "created_at": now,
+            "finished_at": None,
+            "heartbeat": now,
+            "rollouts": 0,
+            "attempt": self.attempt,
+            "resumes": [],
+            "message": "",
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "version": __version__,
+            "git_commit": _git_commit(),
+        }
+        with self._disk():
+            (folder / "journal").mkdir()
+            (folder / "checkpoints").mkdir()
+            _write_whole(folder / "spec.json", spec_json.encode())
+            self._write_status()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def write_rollout(
+        self,
+        rollout: int,
+        row: Mapping[str, Any],
+        updates: Sequence[Mapping[str, Any]],
+        samples: Mapping[str, Sequence[Any]],
+        tokens: Mapping[str, Sequence[Any]] | None,
+        *,
+        texts: bool = True,
+    ) -> None:
+        """Commits one rollout: all segments, the `rollouts` row last."""
+        with self._disk():
+            self._segment("updates", rollout, _columns(updates, TABLES["updates"]))
+            numbers = {name: values for name, values in samples.items() if name != "text"}
+            self._segment("samples", rollout, numbers)
+            if texts:
+                self._segment("texts", rollout, {name: samples[name] for name in ("position", "sample", "text")})
+            if tokens is not None:
+                self._segment("tokens", rollout, tokens)
+            self._segment("rollouts", rollout, {name: [value] for name, value in row.items()})
+            with self._lock:
+                self._status |= {"rollouts": rollout + 1, "heartbeat": _now()}
+                self._write_status()
+
+    def event(self, kind: str, message: str, *, rollout: int | None = None, data: Mapping[str, Any] | None = None) -> None:
+        """Commits one event by itself, and a line in log.txt."""
+        columns = {
+            "time": [datetime.now(UTC)],
+            "rollout": [rollout],
+            "kind": [kind],
+            "message": [message],
+            "data": [json.dumps(data or {})],
+        }
+        with self._disk():
+            self._segment("events", self._events, columns, fill_rollout=False)
+            self._events += 1
+            with (self.folder / "log.txt").open("a") as log:
+                log.write(f"{_now()} {kind}: {message}\n")
+
+    @contextmanager
+    def new_checkpoint(self, rollouts: int) -> Iterator[Path]:
+        """A folder to save into, which becomes `checkpoints/<rollouts>` when it is complete."""
+        beside = self.folder / "checkpoints" / f".writing-{rollouts}"
+        with self._disk():
+            try:
+                beside.mkdir()
+                yield beside
+                for file in beside.iterdir():
+                    _sync(file)
+                beside.rename(beside.with_name(str(rollouts)))
+                _sync(beside.parent)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
+
+    def close(self, state: str, message: str) -> None:
+        """Ends the attempt: the state, an event where there is something to say, and the fold into metrics.duckdb."""
+        self._closed.set()
+        if message:
+            self.event(state, message)
+        with self._disk(), self._lock:
+            self._status |= {"state": state, "message": message, "finished_at": _now(), "heartbeat": _now()}
+            self._write_status()
+            fold(self.folder)
+
+    def _beat(self) -> None:
+        while not self._closed.wait(HEARTBEAT_SECONDS / 4):
+            with self._lock:
+                if not self._closed.is_set():
+                    self._status["heartbeat"] = _now()
+                    self._write_status()
+
+    def _write_status(self) -> None:
+        _write_whole(self.folder / "status.json", json.dumps(self._status, indent=2).encode())
+
+    def _segment(
+        self, table: str, number: int, columns: Mapping[str, Sequence[Any]], *, fill_rollout: bool = True
+    ) -> None:
+        rows = max((len(values) for values in columns.values()), default=0)
+        keys: dict[str, Sequence[Any]] = {"run_id": [self.folder.name] * rows, "attempt": [self.attempt] * rows}
+        if fill_rollout:
+            keys["rollout"] = [number] * rows
+        write_segment(self.folder / "journal" / f"{table}-{self.attempt:03d}-{number:06d}.parquet", table, keys | dict(columns))
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        import safetensors
+
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(f"{self.folder}: {error.strerror or error}; earlier rollouts are kept") from None
+        except safetensors.SafetensorError as error:
+            raise StoreError(f"{self.folder}: {error}; earlier rollouts are kept") from None
+
+
+def write_segment(file: Path, table: str, columns: Mapping[str, Sequence[Any]]) -> None:
+    """One Parquet segment, complete or absent. Raises OSError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = arrow_schema(table)
+    rows = pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema}, schema=schema)
+    floats = [field.name for field in schema if pa.types.is_floating(field.type)]
+    beside = file.with_name(f".{file.name}")
+    try:
+        pq.write_table(
+            rows,
+            beside,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=[field.name for field in schema if field.name not in floats],
+            column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
+            write_page_checksum=True,
+        )
+        _sync(beside)
+        beside.rename(file)
+        _sync(file.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def arrow_schema(table: str) -> "pa.Schema":
+    """The Arrow schema of a table, with the schema version in its metadata."""
+    import pyarrow as pa
+
+    types = {
+        "string": pa.string(),
+        "int32": pa.int32(),
+        "int64": pa.int64(),
+        "float32": pa.float32(),
+        "float64": pa.float64(),
+        "bool": pa.bool_(),
+        "timestamp": pa.timestamp("us", tz="UTC"),
+    }
+    fields = [pa.field(name, types[kind]) for name, kind in (_KEYS | TABLES[table]).items()]
+    return pa.schema(fields, metadata={"clipctl_schema_version": str(SCHEMA_VERSION)})
+
+
+def fold(folder: Path) -> None:
+    """Builds metrics.duckdb from everything the run has, as a new file renamed over the old one, and then removes the
+    segments that it holds."""
+    import duckdb
+
+    beside = folder / ".metrics.duckdb"
+    beside.unlink(missing_ok=True)
+    held = [file for file in committed_segments(folder) if file.name.split("-")[0] in FOLDED]
+    with duckdb.connect(":memory:") as source:
+        _create_tables(source)
+        problems = _load_run(source, folder, folder.name)
+        assert not problems, problems
+        try:
+            source.execute(f"attach '{_quoted(beside)}' as target")
+            for table in FOLDED:
+                source.execute(f"create table target.{table} as select * from main.raw_{table}")
+            source.execute("create table target.segments (name varchar)")
+            names = sorted({*(file.name for file in held), *_held_segments(folder)})
+            if names:
+                source.execute("insert into target.segments select unnest(?)", [names])
+            source.execute("create table target.store_version as select ? as version", [SCHEMA_VERSION])
+            source.execute("detach target")
+        except duckdb.Error as error:
+            beside.unlink(missing_ok=True)
+            raise OSError(str(error).splitlines()[0]) from None
+    _sync(beside)
+    beside.rename(folder / "metrics.duckdb")
+    _sync(folder)
+    for file in held:
+        file.unlink()
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class Runs:
+    """All runs under some paths, read only: relations over the views runs, rollouts, updates, samples, tokens, events."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        import duckdb
+
+        self.folders = list(folders)
+        self.connection = duckdb.connect(":memory:")
+        _create_tables(self.connection)
+        for run_id, folder in zip(_run_ids(self.folders), self.folders, strict=True):
+            problems = _load_run(self.connection, folder, run_id)
+            _insert_run(self.connection, folder, run_id, problems)
+        _create_shard_views(self.connection, self.folders, _run_ids(self.folders))
+        for statement in VIEWS.values():
+            self.connection.execute(statement)
+        _lock(self.connection, self.folders)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def sql(self, query: str) -> "duckdb.DuckDBPyRelation":
+        """The relation of one SELECT. Raises SpecError for anything else, and for a query that cannot be answered."""
+        import duckdb
+
+        try:
+            statements = self.connection.extract_statements(query)
+            if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+                raise SpecError("--sql: exactly one SELECT is taken; runs are only ever read")
+            return self.connection.sql(query)
+        except duckdb.Error as error:
+            raise SpecError(f"--sql: {_one_line(error)}") from None
+
+    def table(self, query: str) -> "pa.Table":
+        """The whole answer of one SELECT as an Arrow table. Raises SpecError, also for errors that come with the rows."""
+        import duckdb
+
+        try:
+            return self.sql(query).to_arrow_table()
+        except duckdb.Error as error:
+            raise SpecError(f"--sql: {_one_line(error)}") from None
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+def open_runs(paths: str | Path | Iterable[str | Path]) -> Runs:
+    """The runs at or under the paths, finished, live or broken. Raises SpecError for a path that does not exist."""
+    listed = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    folders: dict[Path, None] = {}
+    for path in listed:
+        if not path.exists():
+            raise SpecError(f"analyze: no file or folder {str(path)!r}")
+        for spec in sorted(path.rglob("spec.json")):
+            if (spec.parent / "journal").is_dir() or (spec.parent / "status.json").is_file():
+                folders[spec.parent.resolve()] = None
+    return Runs(list(folders))
+
+
+def committed_segments(folder: Path) -> list[Path]:
+    """Journal segments of committed rollouts, and all events. What was written without its `rollouts` row is not there."""
+    files = sorted((folder / "journal").glob("*-*-*.parquet"))
+    committed = {file.name.split("-", 1)[1] for file in files if file.name.startswith("rollouts-")}
+    held = {name.split("-", 1)[1] for name in _held_segments(folder) if name.startswith("rollouts-")}
+    return [
+        file
+        for file in files
+        if file.name.startswith("events-") or file.name.split("-", 1)[1] in committed | held
+    ]
+
+
+def _load_run(connection: "duckdb.DuckDBPyConnection", folder: Path, run_id: str) -> list[str]:
+    """Fills the raw tables with one run's rows; returns what could not be read."""
+    for last_try in (False, True):
+        rows, problems, vanished = _read_run(folder)
+        if not vanished or last_try:
+            break
+    for table, part in rows:
+        part = part.set_column(0, "run_id", [[run_id] * len(part)])
+        connection.register("part", part)
+        connection.execute(f"insert into raw_{table} by name select * from part")
+        connection.unregister("part")
+    return problems + [f"{name} vanished" for name in vanished]
+
+
+def _read_run(folder: Path) -> tuple[list[tuple[str, "pa.Table"]], list[str], list[str]]:
+    """Rows by table, problems, and segments that were gone when they were to be read (a fold came between)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    problems: list[str] = []
+    vanished: list[str] = []
+    rows, held = _read_store(folder, problems)
+    for file in committed_segments(folder):
+        table = file.name.split("-")[0]
+        if table not in FOLDED or file.name in held:
+            continue
+        try:
+            segment = pq.read_table(file, page_checksum_verification=True, partitioning=None)
+        except FileNotFoundError:
+            vanished.append(file.name)
+            continue
+        except (pa.ArrowException, OSError) as error:
+            problems.append(f"{file.name} is damaged ({_one_line(error)})")
+            continue
+        version = int((segment.schema.metadata or {}).get(b"clipctl_schema_version", b"0"))
+        if version > SCHEMA_VERSION:
+            problems.append(f"{file.name} has schema {version}, this clipctl reads up to {SCHEMA_VERSION}")
+            continue
+        rows.append((table, segment))
+    return rows, problems, vanished
+
+
+def _read_store(folder: Path, problems: list[str]) -> tuple[list[tuple[str, "pa.Table"]], set[str]]:
+    import duckdb
+
+    file = folder / "metrics.duckdb"
+    if not file.is_file():
+        return [], set()
+    try:
+        with duckdb.connect(str(file), read_only=True) as store:
+            (version,) = store.execute("select version from store_version").fetchall()[0]
+            if version > SCHEMA_VERSION:
+                problems.append(f"metrics.duckdb has schema {version}, this clipctl reads up to {SCHEMA_VERSION}")
+                return [], set()
+            rows = [(table, store.sql(f"select * from {table}").to_arrow_table()) for table in FOLDED]
+            return rows, {name for (name,) in store.execute("select name from segments").fetchall()}
+    except (duckdb.Error, OSError) as error:
+        problems.append(f"metrics.duckdb is damaged ({_one_line(error)})")
+        return [], set()
+
+
+def _held_segments(folder: Path) -> set[str]:
+    return _read_store(folder, [])[1]
+
+
+def _create_tables(connection: "duckdb.DuckDBPyConnection") -> None:
+    for table in FOLDED:
+        connection.register("part", arrow_schema(table).empty_table())
+        connection.execute(f"create table raw_{table} as select * from part")
+        connection.unregister("part")
+    connection.execute(
+        "create table runs (run_id varchar, name varchar, state varchar, created_at timestamptz, finished_at timestamptz, "
+        "spec json, git_commit varchar, version varchar, host varchar, preset varchar, model varchar, eps_low double, "
+        "eps_high double, seed bigint, attempt integer, message varchar, path varchar, problem varchar)"
+    )
+    connection.execute("create table resumes (run_id varchar, attempt integer, resumed_at bigint)")
+
+
+def _insert_run(connection: "duckdb.DuckDBPyConnection", folder: Path, run_id: str, problems: list[str]) -> None:
+    status = _read_json(folder / "status.json", problems)
+    spec_text = _read_text(folder / "spec.json")
+    spec = _read_json(folder / "spec.json", problems)
+    clip = spec.get("clip", {})
+    if int(status.get("schema_version", 0)) > SCHEMA_VERSION:
+        problems.append(f"status.json has schema {status['schema_version']}, this clipctl reads up to {SCHEMA_VERSION}")
+    row = [
+        run_id,
+        status.get("name", folder.name),
+        state_of(status),
+        status.get("created_at"),
+        status.get("finished_at"),
+        spec_text if spec else None,
+        status.get("git_commit"),
+        status.get("version"),
+        status.get("host"),
+        status.get("preset"),
+        spec.get("model", {}).get("path"),
+        _number(clip.get("low")),
+        _number(clip.get("high")),
+        spec.get("run", {}).get("seed"),
+        status.get("attempt"),
+        status.get("message"),
+        str(folder),
+        "; ".join(problems) or None,
+    ]
+    connection.execute(f"insert into runs values ({', '.join('?' * len(row))})", row)
+    for resume in status.get("resumes", []):
+        connection.execute("insert into resumes values (?, ?, ?)", [run_id, resume["attempt"], resume["resumed_at"]])
+
+
+def state_of(status: Mapping[str, Any]) -> str | None:
+    """The state that a reader concludes: a run that says `running` and is not alive has `crashed`."""
+    state = status.get("state")
+    if state != "running":
+        return state
+    silent = datetime.now(UTC) - datetime.fromisoformat(status["heartbeat"])
+    if silent.total_seconds() > HEARTBEAT_SECONDS:
+        return "crashed"
+    here = status.get("host") == socket.gethostname()
+    return "crashed" if here and not Path(f"/proc/{status['pid']}").exists() and Path("/proc/self").exists() else state
+
+
+def _create_shard_views(connection: "duckdb.DuckDBPyConnection", folders: Sequence[Path], ids: Sequence[str]) -> None:
+    """`texts` and `tokens` straight from their Parquet shards, which are too large to load."""
+    for table in ("texts", "tokens"):
+        parts = []
+        for run_id, folder in zip(ids, folders, strict=True):
+            files = [file for file in committed_segments(folder) if file.name.startswith(f"{table}-")]
+            if files:
+                listed = ", ".join(f"'{_quoted(file)}'" for file in files)
+                parts.append(
+                    f"select '{run_id.replace(chr(39), chr(39) * 2)}' as run_id, * exclude (run_id) from read_parquet([{listed}])"
+                )
+        if parts:
+            connection.execute(f"create view raw_{table} as {' union all by name '.join(parts)}")
+        else:
+            connection.register("part", arrow_schema(table).empty_table())
+            connection.execute(f"create table raw_{table} as select * from part")
+            connection.unregister("part")
+
+
+def _current(table: str) -> str:
+    """Rows of a raw table without those that a later attempt has done again."""
+    return (
+        f"(select * from raw_{table} as t where not exists (select 1 from resumes as r where r.run_id = t.run_id "
+        "and r.attempt > t.attempt and t.rollout >= r.resumed_at))"
+    )
+
+
+VIEWS: dict[str, str] = {
+    "rollouts": f"""create view rollouts as select
+        run_id, attempt, rollout, prompts, responses, tokens,
+        reward_sum / responses as reward_mean,
+        correct / nullif(graded, 0) as mean_at_group,
+        groups_correct / prompts as pass_at_group,
+        entropy_response_sum / nullif(responses_scored, 0) as entropy,
+        entropy_token_sum / nullif(tokens_scored, 0) as entropy_token_mean,
+        entropy_response_sum / nullif(responses_scored, 0)
+            / max(entropy_response_sum / nullif(responses_scored, 0)) filter (rollout = 0) over (partition by run_id)
+            as entropy_normalized,
+        tokens / responses as response_tokens_mean,
+        truncated, groups_zero_advantage, refills, mismatch_max,
+        mismatch_sum / nullif(tokens_scored, 0) as mismatch_mean,
+        seconds_sample, seconds_reward, seconds_score, seconds_update,
+        reward_sum, reward_sq_sum, graded, correct, groups_correct, no_answer, grader_failures, responses_scored,
+        tokens_scored, entropy_response_sum, entropy_token_sum, mismatch_sum
+        from {_current("rollouts")}""",
+    "updates": f"""create view updates as select
+        run_id, attempt, rollout, inner_step, loss, grad_norm, lr, responses, tokens, tokens_advantage, eps_low, eps_high,
+        clip_low, clip_high, ratio_low, ratio_high, ratio_min, ratio_max, noise_max,
+        entropy_token_sum / nullif(tokens, 0) as entropy_token_mean,
+        clip_low / nullif(tokens, 0) as clip_low_fraction,
+        clip_high / nullif(tokens, 0) as clip_high_fraction,
+        clip_low / nullif(tokens_advantage, 0) as clip_low_fraction_advantage,
+        clip_high / nullif(tokens_advantage, 0) as clip_high_fraction_advantage,
+        ratio_low / nullif(tokens, 0) as ratio_low_fraction,
+        ratio_high / nullif(tokens, 0) as ratio_high_fraction,
+        ratio_sum / nullif(tokens, 0) as ratio_mean,
+        kl_sum / nullif(tokens, 0) as kl,
+        ratio_sum, kl_sum, entropy_token_sum
+        from {_current("updates")}""",
+    "texts": f"create view texts as select * from {_current('texts')}",
+    "samples": f"""create view samples as select s.*, x.text from {_current("samples")} as s
+        left join raw_texts as x using (run_id, attempt, rollout, position, sample)""",
+    "tokens": f"create view tokens as select * from {_current('tokens')}",
+    "events": "create view events as select time, run_id, attempt, rollout, kind, message, data::json as data from raw_events",
+}
+
+METRICS: dict[str, str] = {
+    "prompts": "groups sampled, those that dynamic sampling dropped included",
+    "responses": "prompts × group size",
+    "tokens": "response tokens (rollouts: of all that was sampled; updates: of the optimizer batch)",
+    "reward_sum": "Σ reward, with the overlong penalty",
+    "reward_sq_sum": "Σ reward²",
+    "reward_mean": "reward_sum / responses",
+    "graded": "responses that a grader looked at",
+    "correct": "responses graded correct",
+    "groups_correct": "groups with at least one correct response",
+    "mean_at_group": "correct / graded",
+    "pass_at_group": "groups_correct / prompts",
+    "no_answer": "responses in which the grader found no answer",
+    "grader_failures": "gradings that ended as timeout, crash or too_long",
+    "responses_scored": "responses that were trained on, and so scored",
+    "tokens_scored": "their tokens",
+    "entropy_response_sum": "Σ over scored responses of the mean over its tokens of H(π), nats",
+    "entropy": "entropy_response_sum / responses_scored",
+    "entropy_token_sum": "Σ H(π) over tokens, nats (rollouts: under π_old; updates: under the policy before the step)",
+    "entropy_token_mean": "entropy_token_sum / tokens",
+    "entropy_normalized": "entropy / entropy of rollout 0",
+    "response_tokens_mean": "tokens / responses",
+    "truncated": "responses cut at the maximum length",
+    "groups_zero_advantage": "sampled groups whose rewards are all equal",
+    "refills": "times that dynamic sampling drew again",
+    "mismatch_max": "largest |log π(trainer) - log π(sampler)| of a token, nats",
+    "mismatch_sum": "its sum over scored tokens",
+    "mismatch_mean": "mismatch_sum / tokens_scored",
+    "seconds_sample": "wall time of sampling",
+    "seconds_reward": "wall time of decoding, grading and advantages",
+    "seconds_score": "wall time of scoring π_old",
+    "seconds_update": "wall time of all updates",
+    "loss": "-Σ w·objective over the optimizer batch",
+    "grad_norm": "2-norm of the gradient before it was cut to optim.grad_clip",
+    "lr": "learning rate",
+    "tokens_advantage": "tokens with A ≠ 0",
+    "eps_low": "ε_low in force",
+    "eps_high": "ε_high in force",
+    "clip_low": "tokens with A < 0 and r < 1 - ε_low",
+    "clip_high": "tokens with A > 0 and r > 1 + ε_high",
+    "ratio_low": "tokens with r < 1 - ε_low, whatever A",
+    "ratio_high": "tokens with r > 1 + ε_high, whatever A",
+    "clip_low_fraction": "clip_low / tokens",
+    "clip_high_fraction": "clip_high / tokens",
+    "clip_low_fraction_advantage": "clip_low / tokens_advantage",
+    "clip_high_fraction_advantage": "clip_high / tokens_advantage",
+    "ratio_low_fraction": "ratio_low / tokens",
+    "ratio_high_fraction": "ratio_high / tokens",
+    "ratio_sum": "Σ r, r = π/π_old",
+    "ratio_mean": "ratio_sum / tokens",
+    "ratio_min": "smallest r",
+    "ratio_max": "largest r",
+    "kl_sum": "Σ (r - 1 - log r), tokens from π_old: estimates KL(π_old ‖ π)",
+    "kl": "kl_sum / tokens",
+    "noise_max": "largest |log r| at inner step 0, NULL at others",
+    "reward": "of one response, with the overlong penalty",
+    "advantage": "reward - group mean; 0 for groups of equal rewards",
+    "logprob_sum": "Σ log π_old over the response's tokens, nats",
+    "logprob": "log π_old of a token, nats",
+    "sampler_logprob": "the sampler's log-probability of a token, nats",
+}
+"""Formula of every stored or derived number; README's table is this dict."""
+
+
+def _lock(connection: "duckdb.DuckDBPyConnection", folders: Sequence[Path]) -> None:
+    """From here on the connection reads the runs' folders and nothing else, and no setting can change."""
+    listed = ", ".join(f"'{_quoted(folder)}'" for folder in folders)
+    connection.execute(f"set allowed_directories = [{listed}]")
+    connection.execute("set enable_external_access = false")
+    connection.execute("set autoinstall_known_extensions = false")
+    connection.execute("set autoload_known_extensions = false")
+    connection.execute("set memory_limit = '4GB'")
+    connection.execute("set lock_configuration = true")
+
+
+def _run_ids(folders: Sequence[Path]) -> list[str]:
+    """Folder names, with as many parent folders as tell equal names apart."""
+    names = [folder.name for folder in folders]
+    return [
+        name if names.count(name) == 1 else "/".join(folder.parts[-2:])
+        for name, folder in zip(names, folders, strict=True)
+    ]
+
+
+def _columns(rows: Sequence[Mapping[str, Any]], schema: Mapping[str, str]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in schema if name != "rollout"}
+
+
+def _write_whole(file: Path, content: bytes) -> None:
+    """The file with new content, or, after a crash, with its old one."""
+    beside = file.with_name(f".{file.name}")
+    with beside.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    beside.rename(file)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read_text(file: Path) -> str:
+    return file.read_text(errors="replace") if file.is_file() else ""
+
+
+def _read_json(file: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        content = json.loads(_read_text(file))
+    except json.JSONDecodeError:
+        content = None
+    if isinstance(content, dict):
+        return content
+    problems.append(f"{file.name} is {'damaged' if file.is_file() else 'missing'}")
+    return {}
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _quoted(path: Path) -> str:
+    return str(path).replace("'", "''")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _git_commit() -> str | None:
+    if shutil.which("git") is None:
+        return None
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+

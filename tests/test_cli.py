@@ -1,0 +1,230 @@
+"""The command line as a user types it: real processes, exit codes, one line for every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "numpy", "transformers", "vllm", "deepspeed", "duckdb", "pyarrow", "pydantic", "rich", "altair")
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT.pop("CLIPCTL_DATA", None)
+
+
+def clipctl(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "clipctl", *arguments],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT | environment,
+        timeout=300,
+        check=False,
+    )
+
+
+def refused(code: int, *arguments: str, **environment: str) -> str:
+    """The one line of a command that must fail with this exit code."""
+    done = clipctl(*arguments, **environment)
+    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("clipctl: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["analyze", "--help"], ["--version"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom clipctl.cli import app\n"
+        f"try: app({arguments!r})\nexcept SystemExit as end: assert end.code == 0\n"
+        f"loaded = [name for name in {HEAVY!r} if name in sys.modules]\nassert not loaded, loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_help_names_every_command_and_option() -> None:
+    assert all(command in clipctl("--help").stdout for command in ("train", "analyze", "presets", "models"))
+    options = clipctl("train", "--help").stdout
+    for option in ("preset", "spec", "set", "eps-low", "eps-high", "no-clip-low", "no-clip-high", "steps", "seed",
+                   "model", "name", "runs-dir", "dry-run"):  # fmt: skip
+        assert f"--{option}" in options
+
+
+def test_the_missions_line_answers_without_gpu_and_network() -> None:
+    done = clipctl("train", "--preset", "qwen3b-gsm8k", "--eps-low", "0.15", "--no-clip-high", "--dry-run")
+    assert done.returncode == 0
+    for words in ("Qwen/Qwen2.5-3B-Instruct", "4096 responses", "16 updates", "15 of them can clip", "ε_low 0.15",
+                  "clip-high off", "1/N", "memory", "disk"):  # fmt: skip
+        assert words in done.stdout
+    assert done.stderr == ""
+
+
+def test_dry_run_starts_nothing(tmp_path: Path) -> None:
+    assert clipctl("train", "--preset", "tiny", "--dry-run", "--runs-dir", str(tmp_path / "runs")).returncode == 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_and_its_analysis(tmp_path: Path) -> None:
+    runs = str(tmp_path / "runs")
+    arguments = ["train", "--preset", "tiny", "--steps", "2", "--name", "a", "--eps-low", "0.15", "--no-clip-high"]
+    small = ["--set", "rollout.prompts=8", "--set", "optim.epochs=1", "--runs-dir", runs]
+    done = clipctl(*arguments, *small)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{runs}/a"
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("rollout 1/2  reward ")
+    assert len(lines) == 2
+    query = "select name, eps_low, eps_high, state from runs"
+    answer = json.loads(clipctl("analyze", runs, "--sql", query, "--format", "json").stdout)
+    assert answer["rows"] == [{"name": "a", "eps_low": 0.15, "eps_high": "Infinity", "state": "finished"}]
+    overview = clipctl("analyze", runs).stdout
+    assert "finished" in overview
+    assert "a" in overview
+    assert "…" not in overview
+    csv = clipctl("analyze", runs, "--sql", "select rollout from rollouts order by 1", "--format", "csv").stdout
+    assert csv.split() == ["rollout", "0", "1"]
+
+
+def test_a_run_without_a_name_gets_preset_date_and_hex(tmp_path: Path) -> None:
+    done = clipctl("train", "--preset", "tiny", "--steps", "1", "--set", "rollout.prompts=4", "--set",
+                   "optim.epochs=1", "--runs-dir", str(tmp_path))  # fmt: skip
+    name = Path(done.stdout.strip()).name
+    import re
+
+    assert re.fullmatch(r"tiny-\d{8}-\d{6}-[0-9a-f]{4}", name)
+
+
+def test_a_preset_under_a_file_under_set_under_a_flag(tmp_path: Path) -> None:
+    spec = tmp_path / "mine.toml"
+    spec.write_text("[run]\nsteps = 7\nseed = 7\n[clip]\nlow = 0.3\nhigh = inf\n")
+    done = clipctl("train", "--preset", "tiny", "--spec", str(spec), "--set", "clip.low=0.4", "--set", "run.seed=8",
+                   "--eps-low", "0.5", "--dry-run")  # fmt: skip
+    assert "ε_low 0.5, clip-high off" in done.stdout
+    assert "7 rollouts" in done.stdout
+
+
+def test_a_warning_where_clipping_cannot_have_an_effect() -> None:
+    done = clipctl("train", "--preset", "tiny", "--set", "optim.responses_per_update=512", "--set", "optim.epochs=1",
+                   "--eps-low", "0.1", "--dry-run")  # fmt: skip
+    assert "warning: one update a rollout" in done.stdout
+
+
+TRAIN = ("train", "--preset", "tiny")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("train",), "model.path"),
+        (("train", "--preset", "tyni"), "did you mean tiny?"),
+        ((*TRAIN, "--set", "clip.lwo=0.1"), "clip.lwo: unknown key (did you mean clip.low?)"),
+        ((*TRAIN, "--set", "stpes=3"), "stpes: unknown key (did you mean run.steps?)"),
+        ((*TRAIN, "--set", "clip.low"), "'clip.low' is not KEY=VALUE"),
+        ((*TRAIN, "--eps-low", "1.5"), "clip.low: input should be less than or equal to 1, found 1.5"),
+        ((*TRAIN, "--eps-low=-0.1"), "clip.low: input should be greater than or equal to 0, found -0.1"),
+        ((*TRAIN, "--eps-high", "0.3", "--no-clip-high"), "--eps-high and --no-clip-high contradict each other"),
+        ((*TRAIN, "--eps-low", "0.3", "--no-clip-low"), "--eps-low and --no-clip-low contradict each other"),
+        ((*TRAIN, "--set", "optim.responses_per_update=24"), "optim.responses_per_update = 24 does not divide"),
+        ((*TRAIN, "--set", "optim.responses_per_update=4"), "optim.responses_per_update = 4 would split a group"),
+        ((*TRAIN, "--name", "a/b"), "run.name 'a/b' is not allowed"),
+        ((*TRAIN, "--name", "../b"), "run.name '../b' is not allowed"),
+        ((*TRAIN, "--set", "rollout.top_p=0.9"), "rollout.top_p = 0.9"),
+        ((*TRAIN, "--set", "data.task=gms8k"), "did you mean gsm8k?"),
+        ((*TRAIN, "--spec", "/nowhere/spec.toml"), "--spec: no file '/nowhere/spec.toml'"),
+        (("analyze", "/nowhere"), "/nowhere"),
+        (("presets", "show", "tyni"), "did you mean tiny?"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_2(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    extra = ("--runs-dir", str(tmp_path)) if arguments[0] == "train" else ()
+    assert words in refused(2, *arguments, *extra)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("", "no rows"),
+        ('{"question": "1 + 1"}\n', "answer"),
+        ('{"question": "1 + 1", "answer": "2"}\n{"question": "1 + 2", "answer": ""}\n', "row"),
+        ('{"question": "1 + 1", "answer": "two"}\n', "no number"),
+        ('{"question": \n', "JSON"),
+    ],
+)
+def test_unusable_data_is_one_line_and_exit_4(rows: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(rows)
+    line = refused(4, *TRAIN, "--set", "data.task=gsm8k", "--set", f"data.path={file}", "--runs-dir", str(tmp_path / "r"))
+    assert words in line
+    assert str(file) in line
+
+
+def test_missing_data_and_models_are_exit_4(tmp_path: Path) -> None:
+    runs = ("--runs-dir", str(tmp_path / "runs"))
+    assert "data.path" in refused(4, *TRAIN, "--set", "data.task=gsm8k", "--set", "data.path=/nowhere.jsonl", *runs)
+    assert "model.path" in refused(4, *TRAIN, "--model", str(tmp_path / "nothing"), *runs)
+    assert "model.path" in refused(4, *TRAIN, "--model", str(tmp_path), *runs)
+    assert "gsm8k" in refused(4, *TRAIN, "--set", "data.task=gsm8k", *runs)
+    line = refused(4, *TRAIN, "--model", "meta-llama/Llama-3.2-1B-Instruct", *runs, CLIPCTL_CACHE=str(tmp_path / "c"))
+    assert "clipctl models pull" in line.splitlines()[-1]
+    assert "nothing-like-it" in refused(4, "models", "pull", "nothing-like-it")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_existing_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    assert "old" in refused(2, *TRAIN, "--name", "old", "--runs-dir", str(tmp_path))
+
+
+def test_a_runs_folder_that_cannot_be_written_is_exit_7(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    assert str(file) in refused(7, *TRAIN, "--steps", "1", "--runs-dir", str(file))
+
+
+def test_a_full_disk_is_exit_7_and_keeps_earlier_rollouts(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        done = clipctl("train", "--preset", "tiny", "--steps", "400", "--name", "full", "--set", "store.tokens=all",
+                       "--set", "rollout.prompts=16", "--set", "optim.epochs=1", "--runs-dir", str(disk))  # fmt: skip
+        assert done.returncode == 7, done.stderr
+        assert "space" in done.stderr.strip().splitlines()[-1].lower()
+        assert "Traceback" not in done.stderr
+        answer = clipctl("analyze", str(disk), "--sql", "select count(*) as n from rollouts", "--format", "json")
+        assert json.loads(answer.stdout)["rows"][0]["n"] >= 1
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = clipctl("train", "--preset", "tyni", "--debug")
+    assert "Traceback" in done.stderr
+
+
+def test_presets_list_show_and_schema() -> None:
+    names = [line.split()[0] for line in clipctl("presets", "list").stdout.splitlines()]
+    assert {"qwen1.5b-random", "llama1b-random", "olmo1b-random", "qwen3b-gsm8k", "llama8b-gsm8k", "qwen7b-dapo", "tiny",
+            "tiny-random", "smollm2-arith", "smollm2-gsm8k"} <= set(names)  # fmt: skip
+    assert 'path = "tiny"' in clipctl("presets", "show", "tiny").stdout
+    assert json.loads(clipctl("presets", "schema").stdout)["properties"]["clip"]
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m clipctl presets schema | head -1"],
+        capture_output=True, text=True, env=ENVIRONMENT, check=False,
+    )  # fmt: skip
+    assert done.stdout == "{\n"
+    assert "Traceback" not in done.stderr
+
+
+def test_models_list_names_every_preset_model() -> None:
+    listed = clipctl("models", "list").stdout
+    for name in ("tiny", "Qwen/Qwen2.5-3B-Instruct", "meta-llama/Llama-3.2-1B-Instruct", "smollm2-135m-instruct"):
+        assert name in listed
