@@ -68,7 +68,7 @@ def rollout_row(
     outcomes = [outcome for group in sampled for outcome in group.outcomes]
     rewards = np.concatenate([group.rewards_G for group in sampled])
     graded = sum(outcome is not None for outcome in outcomes)
-    row: dict[str, Any] = {
+    return {
         "prompts": len(sampled),
         "responses": len(completions),
         "tokens": sum(len(completion.token_ids) for completion in completions),
@@ -82,16 +82,23 @@ def rollout_row(
         "truncated": sum(completion.finish == "length" for completion in completions),
         "groups_zero_advantage": sum(not group.has_advantage for group in sampled),
         "refills": refills,
-        "responses_scored": 0,
-        "tokens_scored": 0,
+        **(UNSCORED if old is None else _scored_sums(trained, old)),
         "seconds_sample": seconds.sample,
         "seconds_reward": seconds.reward,
         "seconds_score": seconds.score,
         "seconds_update": seconds.update,
     }
-    if old is not None:
-        row |= _scored_sums(trained, old)
-    return row
+
+
+UNSCORED: dict[str, Any] = {
+    "responses_scored": 0,
+    "tokens_scored": 0,
+    "entropy_response_sum": None,
+    "entropy_token_sum": None,
+    "mismatch_max": None,
+    "mismatch_sum": None,
+}
+"""The scored columns of a rollout in which dynamic sampling found nothing to train on."""
 
 
 def _scored_sums(trained: Sequence[Group], old: Scores) -> dict[str, Any]:

@@ -441,12 +441,18 @@ def _one_line(error: ValidationError) -> str:
     """The first problem: unknown keys first, since another complaint may only follow from them."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
-    dotted = ".".join(str(part) for part in problem["loc"] if part not in _KINDS)
+    # A union puts the option that it tried into the path; what the user wrote are the plain names.
+    dotted = ".".join(str(part) for part in problem["loc"] if part not in _KINDS and str(part).isidentifier())
     if problem["type"] == "extra_forbidden":
-        return f"{dotted}: unknown key{_nearest(dotted, list(_known_keys()))}"
+        known = list(_known_keys())
+        if dotted in known:
+            return f"{dotted}: no key of {dotted.split('.')[0]}.kind = {problem['loc'][1]!r}, only of another kind"
+        return f"{dotted}: unknown key{_nearest(dotted, known)}"
     if problem["type"] == "union_tag_invalid":
         found = problem["ctx"]["tag"]
         return f"{dotted}.kind: {found!r} is not one of {', '.join(_KINDS)}{_nearest(str(found), _KINDS)}"
+    if dotted in ("model", "model.path"):
+        return "model.path: missing; give --model, or start from a --preset or a --spec that has it"
     if problem["type"] == "missing":
         return f"{dotted}: missing; give it in the spec file or with --set {dotted}=VALUE, or start from a --preset"
     if problem["type"] == "value_error":
@@ -486,4 +492,4 @@ def _model_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _model_keys(group, f"{prefix}{name}.")
 
 
-_KINDS = ["gsm8k", "math", "bernoulli", "normal", "uniform", "rademacher", "function"]
+_KINDS = [reward.model_fields["kind"].annotation.__args__[0] for reward in get_args(get_args(Reward)[0])]  # type: ignore[union-attr]

@@ -197,7 +197,7 @@ class RunWriter:
     def event(self, kind: str, message: str, *, rollout: int | None = None, data: Mapping[str, Any] | None = None) -> None:
         """Commits one event by itself, and a line in log.txt."""
         columns = {
-            "time": [datetime.now(UTC)],
+            "time": [datetime.now(UTC).replace(tzinfo=None)],
             "rollout": [rollout],
             "kind": [kind],
             "message": [message],
@@ -302,7 +302,7 @@ def arrow_schema(table: str) -> "pa.Schema":
         "float32": pa.float32(),
         "float64": pa.float64(),
         "bool": pa.bool_(),
-        "timestamp": pa.timestamp("us", tz="UTC"),
+        "timestamp": pa.timestamp("us"),
     }
     fields = [pa.field(name, types[kind]) for name, kind in (_KEYS | TABLES[table]).items()]
     return pa.schema(fields, metadata={"clipctl_schema_version": str(SCHEMA_VERSION)})
@@ -487,7 +487,7 @@ def _create_tables(connection: "duckdb.DuckDBPyConnection") -> None:
         connection.execute(f"create table raw_{table} as select * from part")
         connection.unregister("part")
     connection.execute(
-        "create table runs (run_id varchar, name varchar, state varchar, created_at timestamptz, finished_at timestamptz, "
+        "create table runs (run_id varchar, name varchar, state varchar, created_at timestamp, finished_at timestamp, "
         "spec json, git_commit varchar, version varchar, host varchar, preset varchar, model varchar, eps_low double, "
         "eps_high double, seed bigint, attempt integer, message varchar, path varchar, problem varchar)"
     )
