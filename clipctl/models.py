@@ -271,7 +271,9 @@ def refuse_inexact(config: Any) -> None:
     ]:
         value = getattr(config, field, neutral)
         if value not in (neutral, None):
-            raise ModelError(f"model.path: {config.model_type} has {field} = {value}, which exact statistics do not take")
+            raise ModelError(
+                f"model.path: {config.model_type} has {field} = {value}, which exact statistics do not take"
+            )
 
 
 def model_lines() -> Iterator[str]:
@@ -306,7 +308,9 @@ def _package_folder() -> Path:
 def _checked(folder: Path) -> Path:
     for pattern in ("config.json", "*.safetensors", "tokenizer*"):
         if not list(folder.glob(pattern)):
-            raise ModelError(f"model.path: the folder {folder} has no {pattern}; a transformers folder with safetensors is needed")
+            raise ModelError(
+                f"model.path: the folder {folder} has no {pattern}; a transformers folder with safetensors is needed"
+            )
     return folder
 
 

@@ -80,7 +80,9 @@ def clip_warnings(spec: RunSpec) -> list[str]:
             f"lower optim.responses_per_update (now {spec.optim.responses_per_update}) or raise optim.epochs"
         ]
     if low == 1.0 and high == float("inf"):
-        return ["clip-low and clip-high are both off: this is importance-weighted policy gradient without a trust region"]
+        return [
+            "clip-low and clip-high are both off: this is importance-weighted policy gradient without a trust region"
+        ]
     return []
 
 
@@ -119,7 +121,9 @@ def disk_per_rollout(spec: RunSpec) -> int:
     tokens = spec.responses * spec.rollout.max_response_tokens
     share = {"none": 0.0, "all": 1.0}.get(str(spec.store.tokens))
     kept = float(spec.store.tokens) if share is None else share
-    rows = ROW_BYTES["rollouts"] + spec.updates_per_rollout * ROW_BYTES["updates"] + spec.responses * ROW_BYTES["samples"]
+    rows = (
+        ROW_BYTES["rollouts"] + spec.updates_per_rollout * ROW_BYTES["updates"] + spec.responses * ROW_BYTES["samples"]
+    )
     texts = TEXT_BYTES_PER_TOKEN * tokens if spec.store.texts else 0
     return rows + texts + int(kept * tokens * ROW_BYTES["tokens"])
 
@@ -142,7 +146,10 @@ def plan_lines(plan: Plan) -> list[str]:
             f"({spec.optim.responses_per_update // spec.rollout.group_size} whole groups), "
             f"AdamW lr {spec.optim.lr:g}; {_clippable_words(plan)}",
         ),
-        _line("clip", f"{_side('clip-low', 'ε_low', spec.clip.low, 1.0)}, {_side('clip-high', 'ε_high', spec.clip.high, float('inf'))}"),
+        _line(
+            "clip",
+            f"{_side('clip-low', 'ε_low', spec.clip.low, 1.0)}, {_side('clip-high', 'ε_high', spec.clip.high, float('inf'))}",
+        ),
         _line("loss weight", _weight_words(spec)),
     ]
     if plan.zero_advantage_share is not None:
@@ -199,7 +206,9 @@ def _memory_lines(plan: Plan) -> list[str]:
 
 def _disk_lines(plan: Plan) -> list[str]:
     steps = plan.spec.run.steps
-    text = f"at most {_size(plan.disk_per_rollout)} a rollout in the store, {_size(plan.disk_per_rollout * steps)} in all"
+    text = (
+        f"at most {_size(plan.disk_per_rollout)} a rollout in the store, {_size(plan.disk_per_rollout * steps)} in all"
+    )
     if plan.disk_model is not None:
         every = plan.spec.checkpoint.every
         saves = 1 + ((steps - 1) // every if every else 0)

@@ -22,7 +22,7 @@ class Group:
     texts: list[str]
     rewards_G: NDArray[np.float64]
     advantages_G: NDArray[np.float64]
-    outcomes: list[str | None]
+    outcomes: Sequence[str | None]
 
     @property
     def has_advantage(self) -> bool:

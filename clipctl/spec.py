@@ -7,7 +7,6 @@ A layer that changes the `kind` of a group replaces that group, because the fiel
 
 import difflib
 import json
-import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from clipctl.errors import SpecError
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-GROUPS_WITH_KINDS = ("reward",)
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -424,17 +422,17 @@ def _presets_folder() -> Path:
     return shipped if shipped.is_dir() else Path(__file__).parent.parent / "presets"
 
 
-def _overlay(below: Mapping[str, Any], above: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
         under = merged.get(key)
-        if not isinstance(value, Mapping) or not isinstance(under, Mapping):
-            merged[key] = value
-        elif key in GROUPS_WITH_KINDS and not path and value.get("kind", under.get("kind")) != under.get("kind"):
-            merged[key] = value
-        else:
-            merged[key] = _overlay(under, value, f"{path}{key}.")
+        groups = isinstance(value, Mapping) and isinstance(under, Mapping)
+        merged[key] = _overlay(under, value) if groups and not _changes_kind(under, value) else value
     return merged
+
+
+def _changes_kind(under: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+    return bool(value.get("kind", under.get("kind")) != under.get("kind"))
 
 
 def _one_line(error: ValidationError) -> str:
@@ -459,8 +457,7 @@ def _one_line(error: ValidationError) -> str:
         message = str(problem["ctx"]["error"])
         return f"{dotted}.{message}" if dotted else message
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    found = problem["input"]
-    return f"{dotted}: {message}, found {found if isinstance(found, float) and not math.isfinite(found) else found!r}"
+    return f"{dotted}: {message}, found {problem['input']!r}"
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -469,8 +466,7 @@ def _nearest(name: str, known: list[str]) -> str:
     if not match:
         by_last = {key.rsplit(".", 1)[-1]: key for key in known}
         match = [
-            by_last[last]
-            for last in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(by_last), n=1, cutoff=0.6)
+            by_last[last] for last in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(by_last), n=1, cutoff=0.6)
         ]
     return f" (did you mean {match[0]}?)" if match else ""
 
@@ -492,4 +488,4 @@ def _model_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _model_keys(group, f"{prefix}{name}.")
 
 
-_KINDS = [reward.model_fields["kind"].annotation.__args__[0] for reward in get_args(get_args(Reward)[0])]  # type: ignore[union-attr]
+_KINDS = [reward.model_fields["kind"].annotation.__args__[0] for reward in get_args(get_args(Reward)[0])]

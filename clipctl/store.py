@@ -194,9 +194,11 @@ class RunWriter:
                 self._status |= {"rollouts": rollout + 1, "heartbeat": _now()}
                 self._write_status()
 
-    def event(self, kind: str, message: str, *, rollout: int | None = None, data: Mapping[str, Any] | None = None) -> None:
+    def event(
+        self, kind: str, message: str, *, rollout: int | None = None, data: Mapping[str, Any] | None = None
+    ) -> None:
         """Commits one event by itself, and a line in log.txt."""
-        columns = {
+        columns: dict[str, Sequence[Any]] = {
             "time": [datetime.now(UTC).replace(tzinfo=None)],
             "rollout": [rollout],
             "kind": [kind],
@@ -251,7 +253,9 @@ class RunWriter:
         keys: dict[str, Sequence[Any]] = {"run_id": [self.folder.name] * rows, "attempt": [self.attempt] * rows}
         if fill_rollout:
             keys["rollout"] = [number] * rows
-        write_segment(self.folder / "journal" / f"{table}-{self.attempt:03d}-{number:06d}.parquet", table, keys | dict(columns))
+        write_segment(
+            self.folder / "journal" / f"{table}-{self.attempt:03d}-{number:06d}.parquet", table, keys | dict(columns)
+        )
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
@@ -409,11 +413,7 @@ def committed_segments(folder: Path) -> list[Path]:
     files = sorted((folder / "journal").glob("*-*-*.parquet"))
     committed = {file.name.split("-", 1)[1] for file in files if file.name.startswith("rollouts-")}
     held = {name.split("-", 1)[1] for name in _held_segments(folder) if name.startswith("rollouts-")}
-    return [
-        file
-        for file in files
-        if file.name.startswith("events-") or file.name.split("-", 1)[1] in committed | held
-    ]
+    return [file for file in files if file.name.startswith("events-") or file.name.split("-", 1)[1] in committed | held]
 
 
 def _load_run(connection: "duckdb.DuckDBPyConnection", folder: Path, run_id: str) -> list[str]:
@@ -746,5 +746,3 @@ def _git_commit() -> str | None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat()
-
-

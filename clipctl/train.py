@@ -20,12 +20,12 @@ import torch
 
 from clipctl.algo import group_advantages, overlong_penalty
 from clipctl.engine import EnginePair, UpdateResult, open_engine
-from clipctl.errors import ClipctlError, DataError, DivergedError, EngineError, Interrupted, SpecError
+from clipctl.errors import DataError, DivergedError, EngineError, Interrupted, SpecError
 from clipctl.loss import spec_loss
 from clipctl.models import ChatTokenizer, find_model, load_tokenizer, stop_ids
 from clipctl.records import Group, Seconds, pack, rollout_row, sample_columns, token_columns, update_row
 from clipctl.rewards import Scorer, open_scorer
-from clipctl.rollout import DrawKey, Problem, Prompt, SamplingParams, minibatches, stream_indices
+from clipctl.rollout import Completion, DrawKey, Problem, Prompt, SamplingParams, minibatches, stream_indices
 from clipctl.spec import RunSpec, spec_json
 from clipctl.store import RunWriter, create_run
 from clipctl.tasks import load_problems, task_grader
@@ -174,33 +174,40 @@ def draw_groups(job: Job, rollout: int, position: int) -> Drawn:
     With dynamic sampling, prompts whose group has no advantage are replaced by fresh ones, `rollout.max_refills` times
     at most; then the rollout goes on with fewer groups, and an event says so.
     """
-    rollout_spec = job.spec.rollout
+    wanted, dynamic = job.spec.rollout.prompts, job.spec.rollout.dynamic_sampling
     groups: list[Group] = []
-    seconds_sample = seconds_reward = 0.0
-    for refill in range(rollout_spec.max_refills + 1 if rollout_spec.dynamic_sampling else 1):
-        wanted = rollout_spec.prompts - sum(group.has_advantage for group in groups if rollout_spec.dynamic_sampling)
+    seconds: list[tuple[float, float]] = []
+    useful = 0
+    while useful < wanted and len(seconds) <= (job.spec.rollout.max_refills if dynamic else 0):
         started = perf_counter()
-        indices = stream_indices(len(job.data.problems), job.spec.run.seed, position, wanted)
-        prompts = [
-            Prompt(job.data.prompt_ids[index], DrawKey(job.spec.run.seed, rollout, position + offset))
-            for offset, index in enumerate(indices)
-        ]
-        completions = job.engine.sampler.sample(prompts, rollout_spec.group_size, job.params)
+        problems, prompts = next_prompts(job, rollout, position, wanted - useful)
+        completions = job.engine.sampler.sample(prompts, job.spec.rollout.group_size, job.params)
         sampled = perf_counter()
-        groups += score_groups(job, [job.data.problems[index] for index in indices], prompts, completions)
-        position += wanted
-        seconds_sample += sampled - started
-        seconds_reward += perf_counter() - sampled
+        groups += score_groups(job, problems, prompts, completions)
+        position += len(prompts)
+        seconds.append((sampled - started, perf_counter() - sampled))
         useful = sum(group.has_advantage for group in groups)
-        if useful >= rollout_spec.prompts:
-            break
-    if rollout_spec.dynamic_sampling and useful < rollout_spec.prompts:
-        message = f"dynamic sampling found {useful} of {rollout_spec.prompts} groups with an advantage in {refill} refills"
+    if dynamic and useful < wanted:
+        message = f"dynamic sampling found {useful} of {wanted} groups with an advantage in {len(seconds) - 1} refills"
         job.writer.event("dynamic_sampling", message, rollout=rollout, data={"useful": useful, "sampled": len(groups)})
-    return Drawn(groups, position, refill, seconds_sample, seconds_reward)
+    sampling, rewarding = (sum(column) for column in zip(*seconds, strict=True))
+    return Drawn(groups, position, len(seconds) - 1, sampling, rewarding)
 
 
-def score_groups(job: Job, problems: Sequence[Problem], prompts: Sequence[Prompt], completions: list[list]) -> list[Group]:
+def next_prompts(job: Job, rollout: int, position: int, count: int) -> tuple[list[Problem], list[Prompt]]:
+    """The next `count` problems of the prompt stream, from `position` on, and their prompts."""
+    seed = job.spec.run.seed
+    indices = stream_indices(len(job.data.problems), seed, position, count)
+    prompts = [
+        Prompt(job.data.prompt_ids[index], DrawKey(seed, rollout, position + offset))
+        for offset, index in enumerate(indices)
+    ]
+    return [job.data.problems[index] for index in indices], prompts
+
+
+def score_groups(
+    job: Job, problems: Sequence[Problem], prompts: Sequence[Prompt], completions: list[list[Completion]]
+) -> list[Group]:
     """Rewards (with the soft overlong penalty) and group advantages of the sampled completions."""
     spec = job.spec
     texts = [[job.tokenizer.decode(completion.token_ids) for completion in group] for group in completions]
@@ -289,4 +296,3 @@ class _CallableModule(ModuleType):
 
 
 sys.modules[__name__].__class__ = _CallableModule
-_ = ClipctlError

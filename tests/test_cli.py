@@ -156,7 +156,9 @@ def test_wrong_usage_is_one_line_and_exit_2(arguments: tuple[str, ...], words: s
 def test_unusable_data_is_one_line_and_exit_4(rows: str, words: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(rows)
-    line = refused(4, *TRAIN, "--set", "data.task=gsm8k", "--set", f"data.path={file}", "--runs-dir", str(tmp_path / "r"))
+    line = refused(
+        4, *TRAIN, "--set", "data.task=gsm8k", "--set", f"data.path={file}", "--runs-dir", str(tmp_path / "r")
+    )
     assert words in line
     assert str(file) in line
 

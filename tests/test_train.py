@@ -78,7 +78,8 @@ def test_rollout_metrics_are_those_of_the_samples_and_tokens(folder: Path) -> No
                        f"from samples where rollout = {rollout} order by position, sample")  # fmt: skip
         reward, entropy, tokens, advantage = (np.array([row[i] for row in samples], dtype=float) for i in range(4))
         (view,) = rows(folder, f"select reward_mean, entropy, entropy_token_mean, mean_at_group, pass_at_group, "
-                       f"groups_zero_advantage, truncated, response_tokens_mean from rollouts where rollout = {rollout}")  # fmt: skip
+                       f"groups_zero_advantage, truncated, response_tokens_mean from rollouts "
+                       f"where rollout = {rollout}")  # fmt: skip
         groups = reward.reshape(-1, 4)
         assert view[0] == pytest.approx(reward.mean())
         assert view[1] == pytest.approx(entropy.mean())

@@ -10,7 +10,6 @@ Letters: B rows, H query heads, K key-value heads, Q query positions, C columns,
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache, CacheLayerMixin  # noqa: TID253
@@ -22,7 +21,7 @@ GROWTH = 64
 """Columns by which a full cache grows."""
 
 
-def use_grouped_attention(model: nn.Module) -> nn.Module:
+def use_grouped_attention(model: Any) -> Any:
     """The model with this module's attention. Raises ModelError for layers that look at a window only."""
     from transformers import AttentionInterface
 
@@ -65,7 +64,7 @@ def grouped_attention(
     return mixed.transpose(1, 2).contiguous(), None
 
 
-class ColumnLayer(CacheLayerMixin):
+class ColumnLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one layer, [B,K,capacity,E], filled up to `columns`."""
 
     def __init__(self) -> None:
@@ -103,7 +102,7 @@ class ColumnLayer(CacheLayerMixin):
         return -1
 
 
-class ColumnCache(Cache):
+class ColumnCache(Cache):  # type: ignore[misc]
     """One `ColumnLayer` a layer of the model."""
 
     def __init__(self, layers: int) -> None:

@@ -6,10 +6,11 @@ sample, token): any batch composition draws the same token from the same distrib
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipctl.engine.attention import ColumnCache
 from clipctl.rollout import Completion, Prompt, SamplingParams, keyed_rng
@@ -24,7 +25,7 @@ BLOCK = 256
 class TorchSampler:
     """Samples from `model` (a transformers causal LM), `rows` responses at a time at most."""
 
-    def __init__(self, model: nn.Module, rows: int) -> None:
+    def __init__(self, model: Any, rows: int) -> None:
         self.model = model
         self.rows = rows
 

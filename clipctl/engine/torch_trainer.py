@@ -9,6 +9,7 @@ metric still counts them.
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ def set_up_torch(engine: Engine) -> None:
 class TorchTrainer:
     """Trains `model` (a transformers causal LM with its attention set up) as the spec says."""
 
-    def __init__(self, model: nn.Module, spec: RunSpec) -> None:
+    def __init__(self, model: Any, spec: RunSpec) -> None:
         self.model = model
         self.spec = spec
         if spec.engine.gradient_checkpointing:
@@ -79,7 +80,9 @@ class TorchTrainer:
         assert sums is not None
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, spec.optim.grad_clip))
         if not math.isfinite(sums.loss) or not math.isfinite(norm):
-            raise DivergedError(f"the update is not finite: loss {sums.loss}, gradient norm {norm}; the step was not taken")
+            raise DivergedError(
+                f"the update is not finite: loss {sums.loss}, gradient norm {norm}; the step was not taken"
+            )
         self.optimizer.step()
         with torch.no_grad():
             for parameter, master in zip(self.parameters, self.masters, strict=True):
@@ -98,8 +101,7 @@ class TorchTrainer:
     def _layout(self, batch: Batch, rows: range) -> list[tuple[list[int], bool]]:
         """Micro-batches of the responses with advantage (True), then of those without (False)."""
         lengths = [
-            len(prompt) + len(response)
-            for prompt, response in zip(batch.prompt_ids, batch.response_ids, strict=True)
+            len(prompt) + len(response) for prompt, response in zip(batch.prompt_ids, batch.response_ids, strict=True)
         ]
         return [
             (part, live)
@@ -130,7 +132,7 @@ class TorchTrainer:
                 weights_T.to(device),
             )
         if live:
-            value.backward()
+            value.backward()  # type: ignore[no-untyped-call]
             self._gather_gradients()
         return sums
 
@@ -165,7 +167,9 @@ def padded(batch: Batch, part: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     for at, text in enumerate(texts):
         ids_BS[at, : len(text)] = torch.tensor(text)
     starts = [len(batch.prompt_ids[row]) for row in part]
-    rows_T = torch.cat([torch.full((len(text) - start,), at) for at, (text, start) in enumerate(zip(texts, starts, strict=True))])
+    rows_T = torch.cat(
+        [torch.full((len(text) - start,), at) for at, (text, start) in enumerate(zip(texts, starts, strict=True))]
+    )
     columns_T = torch.cat([torch.arange(start, len(text)) for text, start in zip(texts, starts, strict=True)])
     return ids_BS, rows_T, columns_T
 
