@@ -67,7 +67,7 @@ NUMBER = re.compile(
       | (?<!/) (?: (?P<whole>\d{{1,18}}) [ ] )? (?P<over>\d{{1,18}}) / (?P<under>\d{{1,18}}) (?![\d/]) (?!\.\d)
       | (?P<digits> (?> {DIGITS} | (?<![\w.]) \.\d+ ) ) (?!\.\d)
         (?: [eE] (?P<e> [+-]?\d{{1,3}} ) (?!\w)
-          | \s? (?: × | \* | \\times | \\cdot ) \s? 10 \s? \^ \{{? (?P<ten> -?\d{{1,3}} ) (?!\d) \}}? )?
+          | [ ]? (?: × | \* | \\times | \\cdot ) [ ]? 10 [ ]? \^ \{{? (?P<ten> -?\d{{1,3}} ) (?!\d) \}}? )?
     )
     """,
     re.VERBOSE | re.ASCII,
@@ -85,15 +85,27 @@ def last_number(text: str) -> str | None:
     "1/3"); any other quotient ("36/2") is unfinished arithmetic and stays as written, equal to no number. Only the
     last SEARCHED_CHARACTERS of the text are read.
     """
-    text = text[-SEARCHED_CHARACTERS:].translate(PLAIN)
+    text = _plain(text[-SEARCHED_CHARACTERS:])
+    end = len(text)
+    # No number spans lines, and nearly all are in the last ones: so line by line, from the end.
+    while end >= 0:
+        start = text.rfind("\n", 0, end) + 1
+        last = _last_match(NUMBER, text, start, end)
+        if last is not None:
+            return _canonical(last)
+        end = start - 1
+    return None
+
+
+def _plain(text: str) -> str:
+    text = text.translate(PLAIN)
     for tex, plain in TEX_IN_NUMBERS:
         text = text.replace(tex, plain)
-    last = _last_match(NUMBER, text)
-    return None if last is None else _canonical(last)
+    return text
 
 
-def _last_match(pattern: re.Pattern[str], text: str, start: int = 0) -> re.Match[str] | None:
-    last = deque(pattern.finditer(text, start), maxlen=1)
+def _last_match(pattern: re.Pattern[str], text: str, start: int = 0, end: int = sys.maxsize) -> re.Match[str] | None:
+    last = deque(pattern.finditer(text, start, end), maxlen=1)
     return last[0] if last else None
 
 

