@@ -8,13 +8,19 @@ from dataclasses import dataclass
 from clipctl.models import ModelShape, model_shape
 from clipctl.spec import RunSpec
 
-GIB = 2**30
+KIB, MIB, GIB = 2**10, 2**20, 2**30
 ROW_BYTES = {"samples": 90, "updates": 150, "rollouts": 300, "tokens": 16}
 """Compressed bytes of a stored row, measured on the embedded model's runs; texts come on top."""
 TEXT_BYTES_PER_TOKEN = 2
-STATISTICS_SCRATCH = 64 * 2**20
-"""Temporaries of one chunk of the statistics pass, bytes."""
-KV_CACHE, ACTIVATIONS, STATISTICS = "KV cache of the sampler, at most", "activations, estimated", "statistics"
+CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**23}
+"""Logits of one chunk of the statistics pass, as in `clipctl.statistics`, which needs torch."""
+CHUNK_BUFFERS, SAMPLING_BUFFERS = 3, 6
+"""Float32 tensors of a chunk's size, and of all logits of a sampling step, that are alive at once."""
+HIDDEN_KEPT = {"bfloat16": 11, "float32": 9}
+"""Tensors of the hidden size that autograd keeps a token and layer, next to 4 of the gated MLP's; measured by its
+saved tensors on Llama layers (8.5-8.7 and 10.5-10.7: norms keep float32 copies of 16-bit values)."""
+KV_CACHE, SAMPLING = "KV cache of the sampler, at most", "logits of a sampling step"
+ACTIVATIONS, STATISTICS = "activations of a micro-batch, estimated", "statistics"
 WEIGHT_WORDS = {
     "token_mean": "1/N for each of the N response tokens of an update (token mean)",
     "sequence_mean": "1/(B·T_i): each of the B responses of an update counts the same, whatever its length T_i",
@@ -37,25 +43,35 @@ class Plan:
     disk_model: int | None
     warnings: list[str]
 
+    @property
+    def samples_at_most(self) -> int:
+        """Responses sampled in a rollout, refills of dynamic sampling included."""
+        return self.responses * (1 + self.spec.rollout.max_refills * self.spec.rollout.dynamic_sampling)
+
 
 def make_plan(spec: RunSpec) -> Plan:
-    """The plan of a resolved spec; needs no network, GPU or model files."""
+    """The plan of a resolved spec; needs no network, GPU or model files. Raises ModelError for a broken GGUF file."""
     shape = model_shape(spec.model.path)
-    updates = spec.updates_per_rollout
-    clips = spec.loss.objective == "clip"
+    held = {} if shape is None else memory(spec, shape)
     return Plan(
         spec=spec,
         shape=shape,
         responses=spec.responses,
-        updates=updates,
-        clippable_updates=updates - 1 if clips else 0,
+        updates=spec.updates_per_rollout,
+        clippable_updates=clippable_updates(spec),
         zero_advantage_share=zero_advantage_share(spec),
         max_response_tokens=spec.responses * spec.rollout.max_response_tokens,
-        memory={} if shape is None else memory(spec, shape),
+        memory=held,
         disk_per_rollout=disk_per_rollout(spec),
         disk_model=None if shape is None else shape.parameters * _bytes_per_weight(spec),
-        warnings=clip_warnings(spec),
+        warnings=clip_warnings(spec) + context_warnings(spec, shape) + memory_warnings(spec, held),
     )
+
+
+def clippable_updates(spec: RunSpec) -> int:
+    """Updates of a rollout whose ratios can leave 1: all but the first, at inner step 0; none without clipping."""
+    both_off = spec.clip.low == 1.0 and spec.clip.high == float("inf")
+    return 0 if spec.loss.objective == "reinforce" or both_off else spec.updates_per_rollout - 1
 
 
 def zero_advantage_share(spec: RunSpec) -> float | None:
@@ -86,16 +102,47 @@ def clip_warnings(spec: RunSpec) -> list[str]:
     return []
 
 
+def context_warnings(spec: RunSpec, shape: ModelShape | None) -> list[str]:
+    """Where the longest prompt and response allowed exceed the model's positions."""
+    rollout = spec.rollout
+    if shape is None or rollout.max_prompt_tokens + rollout.max_response_tokens <= shape.context:
+        return []
+    return [
+        f"{spec.model.path} has {shape.context} positions: with prompts of more than "
+        f"{max(0, shape.context - rollout.max_response_tokens)} tokens, responses of rollout.max_response_tokens = "
+        f"{rollout.max_response_tokens} do not fit, and the run is refused"
+    ]
+
+
+def memory_warnings(spec: RunSpec, held: dict[str, int]) -> list[str]:
+    """Where a run on the CPU needs more than this machine has."""
+    if not held or spec.engine.device != "cpu":
+        return []
+    import psutil
+
+    here = int(psutil.virtual_memory().total)
+    if peak_memory(held) <= here:
+        return []
+    return [
+        f"the run needs about {_size(peak_memory(held))} and this machine has {_size(here)}: lower "
+        f"engine.tokens_per_microbatch (now {spec.engine.tokens_per_microbatch}) or engine.sampler_rows "
+        f"(now {spec.engine.sampler_rows})"
+    ]
+
+
 def memory(spec: RunSpec, shape: ModelShape) -> dict[str, int]:
-    """Bytes on the training device, by what holds them. Activations are an estimate of one micro-batch."""
+    """Bytes on the training device, by what holds them.
+
+    bfloat16: a working copy and its gradients (2 + 2 bytes a parameter), float32 masters and gradients (4 + 4), AdamW
+    (8). float32: 4 + 4 + 8. Activations are an estimate of one micro-batch.
+    """
     count, width = shape.parameters, _bytes_per_weight(spec)
     rollout, engine = spec.rollout, spec.engine
     rows = min(engine.sampler_rows, spec.responses)
     columns = rollout.max_prompt_tokens + rollout.max_response_tokens
     tokens = engine.tokens_per_microbatch
-    kept = shape.hidden * (1 if engine.gradient_checkpointing else 16) + (
-        0 if engine.gradient_checkpointing else 4 * shape.intermediate
-    )
+    layer = HIDDEN_KEPT[spec.model.dtype] * shape.hidden + 4 * shape.intermediate
+    kept = shape.layers * shape.hidden + layer if engine.gradient_checkpointing else shape.layers * layer
     held = {"weights": count * width}
     if width == 2:
         held["float32 master weights"] = 4 * count
@@ -104,52 +151,62 @@ def memory(spec: RunSpec, shape: ModelShape) -> dict[str, int]:
         "float32 gradients": 4 * count,
         "AdamW moments": 8 * count,
         KV_CACHE: rows * columns * shape.kv_values_per_token * width,
-        ACTIVATIONS: tokens * shape.layers * kept * width,
-        STATISTICS: STATISTICS_SCRATCH + 4 * shape.vocabulary * shape.hidden,
+        SAMPLING: SAMPLING_BUFFERS * 4 * rows * shape.vocabulary,
+        ACTIVATIONS: tokens * kept * width,
+        STATISTICS: statistics_memory(spec, shape),
     }
 
 
+def statistics_memory(spec: RunSpec, shape: ModelShape) -> int:
+    """Bytes of one exact statistics pass and its gradient: chunks of logits, float32 gradient of the hidden states,
+    gradient of the head in the model's dtype."""
+    chunks = CHUNK_BUFFERS * 4 * CHUNK_ELEMENTS[spec.engine.device]
+    hidden = 4 * spec.engine.tokens_per_microbatch * shape.hidden
+    return chunks + hidden + shape.vocabulary * shape.hidden * _bytes_per_weight(spec)
+
+
 def peak_memory(held: dict[str, int]) -> int:
-    """What is held at once: the cache of the sampler is gone when activations and statistics come."""
-    sampling = held[KV_CACHE]
+    """What is held at once: the sampler's memory is given back before activations and statistics come."""
+    sampling = held[KV_CACHE] + held[SAMPLING]
     training = held[ACTIVATIONS] + held[STATISTICS]
     return sum(held.values()) - min(sampling, training)
 
 
 def disk_per_rollout(spec: RunSpec) -> int:
     """Bytes that the store grows by in a rollout, at most."""
-    tokens = spec.responses * spec.rollout.max_response_tokens
+    samples = spec.responses * (1 + spec.rollout.max_refills * spec.rollout.dynamic_sampling)
+    tokens = samples * spec.rollout.max_response_tokens
     share = {"none": 0.0, "all": 1.0}.get(str(spec.store.tokens))
     kept = float(spec.store.tokens) if share is None else share
-    rows = (
-        ROW_BYTES["rollouts"] + spec.updates_per_rollout * ROW_BYTES["updates"] + spec.responses * ROW_BYTES["samples"]
-    )
+    rows = ROW_BYTES["rollouts"] + spec.updates_per_rollout * ROW_BYTES["updates"] + samples * ROW_BYTES["samples"]
     texts = TEXT_BYTES_PER_TOKEN * tokens if spec.store.texts else 0
-    return rows + texts + int(kept * tokens * ROW_BYTES["tokens"])
+    return rows + texts + int(kept * spec.responses * spec.rollout.max_response_tokens * ROW_BYTES["tokens"])
 
 
 def plan_lines(plan: Plan) -> list[str]:
     """The plan as prose for a terminal."""
-    spec, shape = plan.spec, plan.shape
+    spec = plan.spec
     lines = [
-        _line("model", _model_words(spec, shape)),
-        _line("data", f"{spec.data.path or spec.data.task}, reward {spec.reward.kind}"),
+        _line("model", _model_words(spec, plan.shape)),
+        _line("data", _data_words(spec)),
+        _line("reward", _reward_words(spec)),
         _line(
             "rollout",
-            f"{spec.rollout.prompts} prompts × {spec.rollout.group_size} = {plan.responses} responses, temperature "
-            f"{spec.rollout.temperature:g}, at most {plan.max_response_tokens:,} response tokens "
-            f"({spec.rollout.max_response_tokens} each); {spec.run.steps} rollouts",
+            f"{spec.rollout.prompts} prompts × {spec.rollout.group_size} = {plan.responses} responses, "
+            f"temperature {spec.rollout.temperature:g}; {_count(spec.run.steps, 'rollout')}",
         ),
+        _more(
+            f"at most {plan.max_response_tokens:,} response tokens a rollout, {spec.rollout.max_response_tokens} a response"
+        ),
+        *_dapo_lines(plan),
         _line(
             "updates",
-            f"{plan.updates} updates per rollout, {spec.optim.responses_per_update} responses each "
-            f"({spec.optim.responses_per_update // spec.rollout.group_size} whole groups), "
-            f"AdamW lr {spec.optim.lr:g}; {_clippable_words(plan)}",
+            f"{_count(plan.updates, 'update')} per rollout, {spec.optim.responses_per_update} responses each "
+            f"({_count(spec.optim.responses_per_update // spec.rollout.group_size, 'whole group')}), "
+            f"AdamW lr {spec.optim.lr:g}",
         ),
-        _line(
-            "clip",
-            f"{_side('clip-low', 'ε_low', spec.clip.low, 1.0)}, {_side('clip-high', 'ε_high', spec.clip.high, float('inf'))}",
-        ),
+        _more(_clippable_words(plan)),
+        _line("clip", _clip_words(spec)),
         _line("loss weight", _weight_words(spec)),
     ]
     if plan.zero_advantage_share is not None:
@@ -164,16 +221,62 @@ def _line(name: str, text: str) -> str:
     return f"{name + ':':16}{text}"
 
 
+def _more(text: str) -> str:
+    return f"{'':16}{text}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("s" if number != 1 else "")
+
+
 def _model_words(spec: RunSpec, shape: ModelShape | None) -> str:
     if shape is None:
         return f"{spec.model.path}, {spec.model.dtype}; its shape is not known here, so memory is left out"
     return f"{spec.model.path}, {shape.parameters:,} parameters, {spec.model.dtype}, on {spec.engine.device}"
 
 
+def _data_words(spec: RunSpec) -> str:
+    place = f"the rows of {spec.data.path}" if spec.data.path else f"split {spec.data.split}"
+    return f"task {spec.data.task}, {place}"
+
+
+def _reward_words(spec: RunSpec) -> str:
+    reward = spec.reward
+    if reward.kind == "bernoulli":
+        return f"bernoulli, 1 with probability {reward.p:g} whatever the response"
+    if reward.kind in ("normal", "uniform", "rademacher"):
+        return f"{reward.kind}, drawn whatever the response"
+    if reward.kind == "function":
+        return f"your function {reward.function}"
+    return f"{reward.kind}, {reward.correct:g} for a correct response and {reward.wrong:g} for any other"
+
+
+def _dapo_lines(plan: Plan) -> list[str]:
+    rollout = plan.spec.rollout
+    lines = []
+    if rollout.dynamic_sampling:
+        lines.append(
+            f"dynamic sampling: groups without advantage are replaced, {rollout.max_refills} refills and "
+            f"{plan.samples_at_most} responses at most"
+        )
+    if rollout.overlong_buffer and rollout.overlong_penalty:
+        lines.append(
+            f"overlong penalty: up to {rollout.overlong_penalty:g} over the last {rollout.overlong_buffer} of "
+            f"{rollout.max_response_tokens} tokens"
+        )
+    return [_more(line) for line in lines]
+
+
 def _clippable_words(plan: Plan) -> str:
     if plan.clippable_updates == 0:
         return "none of them can clip"
     return f"{plan.clippable_updates} of them can clip (at inner step 0 the ratio is 1)"
+
+
+def _clip_words(spec: RunSpec) -> str:
+    if spec.loss.objective == "reinforce":
+        return "none, objective reinforce"
+    return f"{_side('clip-low', 'ε_low', spec.clip.low, 1.0)}, {_side('clip-high', 'ε_high', spec.clip.high, float('inf'))}"
 
 
 def _side(name: str, symbol: str, value: float, off: float) -> str:
@@ -197,23 +300,27 @@ def _memory_lines(plan: Plan) -> list[str]:
         return []
     assert plan.shape is not None
     logits = 4 * plan.spec.engine.tokens_per_microbatch * plan.shape.vocabulary
-    parts = ", ".join(f"{name} {_size(size)}" for name, size in plan.memory.items())
+    parts = [_more(f"{_size(size):>10}  {name}") for name, size in plan.memory.items()]
     return [
-        _line("memory", f"{_size(peak_memory(plan.memory))} at the peak (sampling and training take turns): {parts}"),
-        f"{'':16}logits are never held whole: they would take {_size(logits)} a micro-batch",
+        _line("memory", f"{_size(peak_memory(plan.memory))} at the peak (sampling and training take turns)"),
+        *parts,
+        _more(f"logits are never held whole: they would take {_size(logits)} a micro-batch"),
     ]
 
 
 def _disk_lines(plan: Plan) -> list[str]:
     steps = plan.spec.run.steps
-    text = (
-        f"at most {_size(plan.disk_per_rollout)} a rollout in the store, {_size(plan.disk_per_rollout * steps)} in all"
-    )
+    lines = [
+        _line(
+            "disk",
+            f"at most {_size(plan.disk_per_rollout)} a rollout in the store, {_size(plan.disk_per_rollout * steps)} in all",
+        )
+    ]
     if plan.disk_model is not None:
         every = plan.spec.checkpoint.every
         saves = 1 + ((steps - 1) // every if every else 0)
-        text += f"; {saves} saved model{'s' if saves > 1 else ''} of {_size(plan.disk_model)}"
-    return [_line("disk", text)]
+        lines.append(_more(f"{_count(saves, 'saved model')} of {_size(plan.disk_model)}"))
+    return lines
 
 
 def _bytes_per_weight(spec: RunSpec) -> int:
@@ -221,4 +328,5 @@ def _bytes_per_weight(spec: RunSpec) -> int:
 
 
 def _size(size: float) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
+    unit, name = (GIB, "GiB") if size >= GIB else (MIB, "MiB") if size >= MIB else (KIB, "KiB")
+    return f"{size / unit:.1f} {name}"

@@ -426,8 +426,10 @@ def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
     merged = dict(below)
     for key, value in above.items():
         under = merged.get(key)
-        groups = isinstance(value, Mapping) and isinstance(under, Mapping)
-        merged[key] = _overlay(under, value) if groups and not _changes_kind(under, value) else value
+        if isinstance(value, Mapping) and isinstance(under, Mapping) and not _changes_kind(under, value):
+            merged[key] = _overlay(under, value)
+        else:
+            merged[key] = value
     return merged
 
 
@@ -446,6 +448,8 @@ def _one_line(error: ValidationError) -> str:
         if dotted in known:
             return f"{dotted}: no key of {dotted.split('.')[0]}.kind = {problem['loc'][1]!r}, only of another kind"
         return f"{dotted}: unknown key{_nearest(dotted, known)}"
+    if problem["type"] == "union_tag_not_found":
+        return f"{dotted}.kind: missing; one of {', '.join(_KINDS)}"
     if problem["type"] == "union_tag_invalid":
         found = problem["ctx"]["tag"]
         return f"{dotted}.kind: {found!r} is not one of {', '.join(_KINDS)}{_nearest(str(found), _KINDS)}"

@@ -24,7 +24,7 @@ from clipctl.errors import DataError, DivergedError, EngineError, Interrupted, S
 from clipctl.loss import spec_loss
 from clipctl.models import ChatTokenizer, find_model, load_tokenizer, stop_ids
 from clipctl.records import Group, Seconds, pack, rollout_row, sample_columns, token_columns, update_row
-from clipctl.rewards import Scorer, open_scorer
+from clipctl.rewards import Scorer, grader_of, open_scorer
 from clipctl.rollout import Completion, DrawKey, Problem, Prompt, SamplingParams, minibatches, stream_indices
 from clipctl.spec import RunSpec, spec_json
 from clipctl.store import RunWriter, create_run
@@ -82,7 +82,8 @@ def train(
     measured, with its state: interrupted (Ctrl-C), diverged (non-finite), failed.
     """
     name = spec.run.name or f"{label}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    problems = load_problems(spec.data)
+    grader = grader_of(spec.reward, task_grader(spec.data))
+    problems = load_problems(spec.data, grader=grader)
     folder = find_model(spec.model.path, pull=True)
     tokenizer = load_tokenizer(folder, spec.model.chat_template)
     data = tokenize(problems, tokenizer, spec.rollout.max_prompt_tokens)
@@ -91,7 +92,7 @@ def train(
     with ExitStack() as stack:
         try:
             # Grading processes start before torch has threads or a CUDA context to be copied.
-            scorer = stack.enter_context(open_scorer(spec.reward, task_grader(spec.data), spec.run.seed))
+            scorer = stack.enter_context(open_scorer(spec.reward, grader, spec.run.seed))
             engine = open_engine(spec, folder)
             stack.callback(engine.sampler.close)
             params = SamplingParams(
