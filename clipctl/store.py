@@ -1,7 +1,7 @@
 """The store: an append-only journal of Parquet segments per run, folded into `metrics.duckdb` when an attempt ends.
 
 A run's folder has one writer. Each rollout appends one segment per table, written under another name, fsynced and
-renamed, with page checksums; the `rollouts` segment comes last and is the commit record. `metrics.duckdb` is built as a
+renamed, with a digest of its content in the name; the `rollouts` segment comes last and is the commit record. `metrics.duckdb` is built as a
 new file and renamed, so nothing ever waits for a lock. Readers open an in-memory database, take what each run's
 `metrics.duckdb` holds and the committed segments that it does not, and never write into a run.
 
@@ -16,6 +16,7 @@ import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -253,9 +254,8 @@ class RunWriter:
         keys: dict[str, Sequence[Any]] = {"run_id": [self.folder.name] * rows, "attempt": [self.attempt] * rows}
         if fill_rollout:
             keys["rollout"] = [number] * rows
-        write_segment(
-            self.folder / "journal" / f"{table}-{self.attempt:03d}-{number:06d}.parquet", table, keys | dict(columns)
-        )
+        stem = f"{table}-{self.attempt:03d}-{number:06d}"
+        write_segment(self.folder / "journal", stem, table, keys | dict(columns))
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
@@ -269,15 +269,18 @@ class RunWriter:
             raise StoreError(f"{self.folder}: {error}; earlier rollouts are kept") from None
 
 
-def write_segment(file: Path, table: str, columns: Mapping[str, Sequence[Any]]) -> None:
-    """One Parquet segment, complete or absent. Raises OSError."""
+def write_segment(journal: Path, stem: str, table: str, columns: Mapping[str, Sequence[Any]]) -> None:
+    """One Parquet segment, complete or absent, `<stem>-<digest of the content>.parquet`. Raises OSError.
+
+    The digest is in the name because page checksums do not cover the headers of pages and of the file.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = arrow_schema(table)
     rows = pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema}, schema=schema)
     floats = [field.name for field in schema if pa.types.is_floating(field.type)]
-    beside = file.with_name(f".{file.name}")
+    beside = journal / f".{stem}"
     try:
         pq.write_table(
             rows,
@@ -289,10 +292,15 @@ def write_segment(file: Path, table: str, columns: Mapping[str, Sequence[Any]]) 
             write_page_checksum=True,
         )
         _sync(beside)
-        beside.rename(file)
-        _sync(file.parent)
+        beside.rename(journal / f"{stem}-{digest(beside.read_bytes())}.parquet")
+        _sync(journal)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def digest(content: bytes) -> str:
+    """Eight hex digits of BLAKE2b."""
+    return blake2b(content, digest_size=4).hexdigest()
 
 
 def arrow_schema(table: str) -> "pa.Schema":
@@ -410,10 +418,15 @@ def open_runs(paths: str | Path | Iterable[str | Path]) -> Runs:
 
 def committed_segments(folder: Path) -> list[Path]:
     """Journal segments of committed rollouts, and all events. What was written without its `rollouts` row is not there."""
-    files = sorted((folder / "journal").glob("*-*-*.parquet"))
-    committed = {file.name.split("-", 1)[1] for file in files if file.name.startswith("rollouts-")}
-    held = {name.split("-", 1)[1] for name in _held_segments(folder) if name.startswith("rollouts-")}
-    return [file for file in files if file.name.startswith("events-") or file.name.split("-", 1)[1] in committed | held]
+    files = sorted((folder / "journal").glob("*-*-*-*.parquet"))
+    names = {*(file.name for file in files), *_held_segments(folder)}
+    committed = {_place(name) for name in names if name.startswith("rollouts-")}
+    return [file for file in files if file.name.startswith("events-") or _place(file.name) in committed]
+
+
+def _place(segment: str) -> str:
+    """Attempt and rollout of a segment's name."""
+    return "-".join(segment.split("-")[1:3])
 
 
 def _load_run(connection: "duckdb.DuckDBPyConnection", folder: Path, run_id: str) -> list[str]:
@@ -443,7 +456,11 @@ def _read_run(folder: Path) -> tuple[list[tuple[str, "pa.Table"]], list[str], li
         if table not in FOLDED or file.name in held:
             continue
         try:
-            segment = pq.read_table(file, page_checksum_verification=True, partitioning=None)
+            content = file.read_bytes()
+            if digest(content) != file.stem.rsplit("-", 1)[1]:
+                problems.append(f"{file.name} is damaged (its content is not what was written)")
+                continue
+            segment = pq.read_table(pa.BufferReader(content))
         except FileNotFoundError:
             vanished.append(file.name)
             continue

@@ -1,0 +1,404 @@
+"""The journal, the fold and the reader: what is committed stays readable, what is damaged is named."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from clipctl.errors import SpecError, StoreError
+from clipctl.spec import load_spec, spec_json
+from clipctl.store import (
+    METRICS,
+    TABLES,
+    VIEWS,
+    RunWriter,
+    Runs,
+    committed_segments,
+    create_run,
+    digest,
+    fold,
+    open_runs,
+    state_of,
+)
+
+SPEC = spec_json(load_spec("tiny", {"clip.high": float("inf")}))
+SERIES = {
+    "rollouts": "select * from rollouts order by rollout",
+    "updates": "select * from updates order by rollout, inner_step",
+    "samples": "select * from samples order by rollout, position, sample",
+    "events": "select kind, message, data, rollout from events order by time",
+}
+
+
+def rollout_row(seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    row: dict[str, Any] = {name: int(rng.integers(1, 90)) for name in TABLES["rollouts"] if name != "rollout"}
+    return row | {name: float(rng.random()) for name in row if name.split("_")[0] in ("reward", "entropy", "seconds")}
+
+
+def update_rows(seed: int, updates: int = 3) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    ints = [name for name, kind in TABLES["updates"].items() if kind == "int64" and name != "rollout"]
+    floats = [name for name, kind in TABLES["updates"].items() if kind == "float64"]
+    return [
+        {name: int(rng.integers(1, 50)) for name in ints}
+        | {name: float(rng.random()) for name in floats}
+        | {"inner_step": step, "noise_max": 0.0 if step == 0 else None}
+        for step in range(updates)
+    ]
+
+
+def samples(seed: int, text: str = "so 3") -> dict[str, list[Any]]:
+    return {
+        "prompt_id": ["a", "a", "b"], "position": [seed, seed, seed + 1], "sample": [0, 1, 0], "reward": [1.0, 0.0, 0.5],
+        "outcome": ["correct", "wrong", None], "advantage": [0.5, -0.5, 0.0], "tokens": [3, 4, 5],
+        "truncated": [False, True, False], "entropy": [0.25, 0.5, None], "logprob_sum": [-1.0, -2.0, None],
+        "text": [text, "", "7"],
+    }  # fmt: skip
+
+
+def write(writer: RunWriter, rollout: int) -> None:
+    writer.write_rollout(rollout, rollout_row(rollout), update_rows(rollout), samples(2 * rollout), None)
+
+
+def answers(path: Path) -> dict[str, list[Any]]:
+    with open_runs(path) as runs:
+        return {name: runs.sql(query).fetchall() for name, query in SERIES.items()}
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[RunWriter]:
+    writer = create_run(tmp_path / "runs", "a", SPEC, "tiny")
+    yield writer
+    writer._closed.set()
+
+
+def test_the_fold_holds_what_the_journal_held(writer: RunWriter) -> None:
+    for rollout in range(3):
+        write(writer, rollout)
+    writer.event("note", "one\nevent", rollout=1, data={"x": 1.5})
+    before = answers(writer.folder)
+    writer.close("finished", "")
+    assert (writer.folder / "metrics.duckdb").is_file()
+    assert not [file for file in committed_segments(writer.folder) if not file.name.startswith("texts")]
+    assert answers(writer.folder) == before
+    assert len(before["rollouts"]) == 3
+    assert len(before["updates"]) == 9
+    assert before["events"] == [("note", "one\nevent", '{"x": 1.5}', 1)]
+
+
+def test_views_make_the_means_of_sums_and_counts(writer: RunWriter) -> None:
+    for rollout in range(2):
+        write(writer, rollout)
+    with open_runs(writer.folder) as runs:
+        columns = "reward_mean, mean_at_group, pass_at_group, entropy, entropy_token_mean, entropy_normalized, response_tokens_mean"
+        found = runs.sql(f"select {columns} from rollouts order by rollout").fetchall()
+        clip = runs.sql("select clip_low, clip_low_fraction, clip_low_fraction_advantage, kl, ratio_mean, entropy_token_mean "
+                        "from updates where rollout = 1 order by inner_step").fetchall()  # fmt: skip
+    rows = [rollout_row(rollout) for rollout in range(2)]
+    entropies = [row["entropy_response_sum"] / row["responses_scored"] for row in rows]
+    for row, view, entropy in zip(rows, found, entropies, strict=True):
+        assert view == pytest.approx((
+            row["reward_sum"] / row["responses"], row["correct"] / row["graded"], row["groups_correct"] / row["prompts"],
+            entropy, row["entropy_token_sum"] / row["tokens_scored"], entropy / entropies[0],
+            row["tokens"] / row["responses"],
+        ))  # fmt: skip
+    for row, view in zip(update_rows(1), clip, strict=True):
+        assert view == pytest.approx((
+            row["clip_low"], row["clip_low"] / row["tokens"], row["clip_low"] / row["tokens_advantage"],
+            row["kl_sum"] / row["tokens"], row["ratio_sum"] / row["tokens"], row["entropy_token_sum"] / row["tokens"],
+        ))  # fmt: skip
+
+
+def test_nothing_scored_and_nothing_graded_are_null(writer: RunWriter) -> None:
+    row = rollout_row(0) | {"graded": 0, "correct": None, "groups_correct": None, "responses_scored": 0,
+                            "tokens_scored": 0, "entropy_response_sum": None, "entropy_token_sum": None}  # fmt: skip
+    writer.write_rollout(0, row, [], samples(0), None)
+    with open_runs(writer.folder) as runs:
+        found = runs.sql("select mean_at_group, pass_at_group, entropy, entropy_token_mean, entropy_normalized from rollouts")
+        assert found.fetchall() == [(None,) * 5]
+
+
+def test_a_rollout_without_its_commit_record_is_not_there(writer: RunWriter) -> None:
+    write(writer, 0)
+    write(writer, 1)
+    segment_of(writer, "rollouts-000-000001").unlink()
+    found = answers(writer.folder)
+    assert {row[2] for row in found["updates"]} == {0}
+    assert len(found["samples"]) == 3
+
+
+def test_rows_that_a_later_attempt_did_again_are_hidden(writer: RunWriter) -> None:
+    for rollout in range(4):
+        write(writer, rollout)
+    writer.attempt = 1
+    writer._status |= {"attempt": 1, "resumes": [{"attempt": 1, "resumed_at": 2}]}
+    for rollout in (2, 3, 4):
+        write(writer, rollout)
+    with open_runs(writer.folder) as runs:
+        query = "select attempt, rollout from rollouts order by rollout"
+        assert runs.sql(query).fetchall() == [(0, 0), (0, 1), (1, 2), (1, 3), (1, 4)]
+        assert runs.sql("select count(*), count(text) from samples").fetchall() == [(15, 15)]
+
+
+def test_texts_can_be_left_out_and_tokens_kept(writer: RunWriter) -> None:
+    tokens = {
+        "prompt_id": ["a", "a"], "position": [0, 0], "sample": [0, 0], "token": [0, 1], "token_id": [5, 9],
+        "logprob": [-0.5, -1.5], "entropy": [0.1, 0.2], "sampler_logprob": [-0.5, -1.25], "advantage": [0.5, 0.5],
+    }  # fmt: skip
+    writer.write_rollout(0, rollout_row(0), update_rows(0), samples(0), tokens, texts=False)
+    with open_runs(writer.folder) as runs:
+        assert runs.sql("select token_id, logprob, sampler_logprob from tokens").fetchall() == [(5, -0.5, -0.5), (9, -1.5, -1.25)]
+        assert runs.sql("select distinct text from samples").fetchall() == [(None,)]
+
+
+def test_a_damaged_segment_is_named_and_the_rest_is_read(writer: RunWriter) -> None:
+    for rollout in range(3):
+        write(writer, rollout)
+    other = create_run(writer.folder.parent, "b", SPEC, "tiny")
+    write(other, 0)
+    other.close("finished", "")
+    rng = random.Random(0)
+    segment = segment_of(writer, "updates-000-000001")
+    whole = segment.read_bytes()
+    for damage in [b"", b"garbage", whole[: len(whole) // 2], *(_flipped(whole, rng) for _ in range(25))]:
+        segment.write_bytes(damage)
+        with open_runs(writer.folder.parent) as runs:
+            problems = dict(runs.sql("select run_id, problem from runs").fetchall())
+            assert problems["b"] is None
+            assert "updates-000-000001" in (problems["a"] or "")
+            assert "is damaged" in problems["a"]
+            assert runs.sql("select count(*) from updates where run_id = 'a'").fetchall() == [(6,)]
+
+
+def segment_of(writer: RunWriter, stem: str) -> Path:
+    (segment,) = (writer.folder / "journal").glob(f"{stem}-*.parquet")
+    return segment
+
+
+def _flipped(content: bytes, rng: random.Random) -> bytes:
+    """One bit flipped anywhere."""
+    at = rng.randrange(len(content))
+    return content[:at] + bytes([content[at] ^ (1 << rng.randrange(8))]) + content[at + 1 :]
+
+
+def test_a_damaged_store_and_missing_files_are_named(writer: RunWriter) -> None:
+    write(writer, 0)
+    writer.close("finished", "")
+    store = writer.folder / "metrics.duckdb"
+    store.write_bytes(store.read_bytes()[:5000])
+    (writer.folder / "status.json").write_text("{")
+    with open_runs(writer.folder) as runs:
+        ((problem, state),) = runs.sql("select problem, state from runs").fetchall()
+    assert "metrics.duckdb is damaged" in problem
+    assert "status.json is damaged" in problem
+    assert state is None
+
+
+def test_a_newer_schema_is_named(writer: RunWriter) -> None:
+    write(writer, 0)
+    segment = segment_of(writer, "updates-000-000000")
+    table = pq.read_table(segment)
+    segment.unlink()
+    newer = writer.folder / "journal" / "newer"
+    pq.write_table(table.replace_schema_metadata({"clipctl_schema_version": "99"}), newer)
+    newer.rename(newer.with_name(f"updates-000-000000-{digest(newer.read_bytes())}.parquet"))
+    with open_runs(writer.folder) as runs:
+        ((problem,),) = runs.sql("select problem from runs").fetchall()
+    assert "has schema 99, this clipctl reads up to 1" in problem
+
+
+def test_names_are_taken_once(writer: RunWriter) -> None:
+    with pytest.raises(SpecError, match="'a' exists"):
+        create_run(writer.folder.parent, "a", SPEC, "tiny")
+
+
+def test_equal_names_in_two_folders_are_told_apart(tmp_path: Path) -> None:
+    for folder in ("x", "y"):
+        create_run(tmp_path / folder, "a", SPEC, "tiny").close("finished", "")
+    with open_runs(tmp_path) as runs:
+        assert runs.sql("select run_id from runs order by 1").fetchall() == [("x/a",), ("y/a",)]
+
+
+def test_paths_that_do_not_exist_are_refused_and_empty_ones_are_not(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="nothing"):
+        open_runs(tmp_path / "nothing")
+    with open_runs(tmp_path) as runs:
+        assert runs.folders == []
+
+
+def test_a_read_only_folder_is_a_store_error(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(StoreError, match="not a folder|cannot be made"):
+        create_run(blocked, "a", SPEC, "tiny")
+    with pytest.raises(StoreError, match="cannot be made"):
+        create_run(blocked / "deeper", "a", SPEC, "tiny")
+
+
+def test_a_run_that_fell_silent_has_crashed() -> None:
+    alive = {"state": "running", "heartbeat": "2099-01-01T00:00:00+00:00", "pid": os.getpid(), "host": os.uname().nodename}
+    assert state_of(alive) == "running"
+    assert state_of(alive | {"heartbeat": "2020-01-01T00:00:00+00:00"}) == "crashed"
+    assert state_of(alive | {"pid": 2**22 + 1}) == "crashed"
+    assert state_of(alive | {"pid": 2**22 + 1, "host": "elsewhere"}) == "running"
+    assert state_of(alive | {"state": "finished", "heartbeat": "2020-01-01T00:00:00+00:00"}) == "finished"
+
+
+def test_a_full_disk_is_an_error_and_earlier_rollouts_stay(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        writer = create_run(disk, "a", SPEC, "tiny")
+        write(writer, 0)
+        before = answers(writer.folder)
+        with pytest.raises(StoreError, match="No space left on device"):
+            for rollout in range(1, 400):
+                write(writer, rollout)
+        found = answers(writer.folder)
+        assert found["rollouts"][:1] == before["rollouts"]
+        committed = {row[2] for row in found["rollouts"]}
+        assert {row[2] for row in found["updates"]} == committed
+        assert not [file for file in (writer.folder / "journal").iterdir() if file.name.startswith(".")]
+        writer._closed.set()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+WRITER = """
+import sys; from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_store import SPEC, create_run, write
+writer = create_run(Path(sys.argv[1]), sys.argv[2], SPEC, "tiny")
+for rollout in range(int(sys.argv[3])):
+    write(writer, rollout)
+    print(rollout, flush=True)
+writer.close("finished", "")
+"""
+
+
+def start_writer(folder: Path, name: str, rollouts: int) -> subprocess.Popen[str]:
+    code = WRITER.format(tests=str(Path(__file__).parent))
+    return subprocess.Popen([sys.executable, "-c", code, str(folder), name, str(rollouts)], stdout=subprocess.PIPE, text=True)
+
+
+def killed_and_read(folder: Path, seed: int) -> None:
+    process = start_writer(folder, f"k{seed}", 10_000)
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(random.Random(seed).random() * 0.3)
+    process.send_signal(signal.SIGKILL)
+    printed = [0, *(int(line) for line in process.stdout)]
+    process.wait()
+    with open_runs(folder / f"k{seed}") as runs:
+        ((state, problem),) = runs.sql("select state, problem from runs").fetchall()
+        stored = [row for (row,) in runs.sql("select rollout from rollouts order by 1").fetchall()]
+        updates = [row for (row,) in runs.sql("select distinct rollout from updates order by 1").fetchall()]
+    assert (state, problem) == ("crashed", None)
+    assert stored == list(range(len(stored)))
+    assert updates == stored
+    assert len(stored) >= printed[-1] + 1
+
+
+def test_after_kill_9_every_committed_rollout_is_readable(tmp_path: Path) -> None:
+    for seed in range(3):
+        killed_and_read(tmp_path, seed)
+
+
+@pytest.mark.slow
+def test_after_kill_9_many_times(tmp_path: Path) -> None:
+    for seed in range(3, 23):
+        killed_and_read(tmp_path, seed)
+
+
+@pytest.mark.slow
+def test_writers_and_polling_readers_do_not_meet(tmp_path: Path) -> None:
+    """Three writers, readers as fast as they can: no reader error, no rollout lost, none half seen."""
+    writers = [start_writer(tmp_path, f"w{number}", 25) for number in range(3)]
+    problems: list[str] = []
+    reads = 0
+    while any(writer.poll() is None for writer in writers):
+        with open_runs(tmp_path) as runs:
+            problems += [row for (row,) in runs.sql("select problem from runs where problem is not null").fetchall()]
+            half = runs.sql("select count(*) from (select run_id, rollout, count(*) as n from updates group by all) where n <> 3")
+            assert half.fetchall() == [(0,)]
+            reads += 1
+    assert problems == []
+    assert reads > 5
+    with open_runs(tmp_path) as runs:
+        assert runs.sql("select run_id, count(*) from rollouts group by 1 order by 1").fetchall() == [
+            ("w0", 25), ("w1", 25), ("w2", 25),
+        ]  # fmt: skip
+
+
+def test_an_open_reader_holds_nothing_up(writer: RunWriter) -> None:
+    write(writer, 0)
+    writer.close("finished", "")
+    with open_runs(writer.folder) as runs:
+        fold(writer.folder)
+        shutil.copy(writer.folder / "metrics.duckdb", writer.folder / "copy")
+        assert runs.sql("select count(*) from rollouts").fetchall() == [(1,)]
+
+
+def test_the_heartbeat_comes_from_a_thread_of_its_own(writer: RunWriter) -> None:
+    assert "heartbeat" in {thread.name for thread in threading.enumerate()}
+    assert json.loads((writer.folder / "status.json").read_text())["state"] == "running"
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "drop table runs",
+        "select 1; select 2",
+        "copy runs to '/tmp/x.csv'",
+        "attach '/tmp/x.duckdb'",
+        "pragma database_list",
+        "install httpfs",
+        "set memory_limit = '1GB'",
+        "insert into runs (run_id) values ('x')",
+        "select * from read_csv('/etc/passwd')",
+        "select * from read_text('/etc/passwd')",
+        "select * from '/etc/passwd'",
+        "selekt 1",
+        "select nothing from runs",
+        "select 'x'::int",
+        "",
+    ],
+)
+def test_only_one_select_over_the_runs_is_taken(writer: RunWriter, query: str) -> None:
+    write(writer, 0)
+    with open_runs(writer.folder) as runs:
+        with pytest.raises(SpecError, match="--sql: ") as caught:
+            runs.table(query)
+        assert "\n" not in str(caught.value)
+        assert runs.table("select count(*) as n from rollouts").to_pylist() == [{"n": 1}]
+
+
+def test_every_number_of_the_views_has_a_formula(writer: RunWriter) -> None:
+    write(writer, 0)
+    keys = {"run_id", "attempt", "rollout", "inner_step", "prompt_id", "position", "sample", "outcome", "text", "token",
+            "token_id", "time", "kind", "message", "data"}  # fmt: skip
+    with open_runs(writer.folder) as runs:
+        columns = {name for view in VIEWS for name in runs.sql(f"select * from {view}").columns}
+    assert columns - keys == set(METRICS)
+
+
+def test_runs_is_a_public_name() -> None:
+    import clipctl
+
+    assert clipctl.open_runs is open_runs
+    assert clipctl.Runs is Runs
