@@ -50,6 +50,23 @@ order by created_at, run
 """
 
 
+HEADINGS = {
+    "eps_low": "ε_low",
+    "eps_high": "ε_high",
+    "entropy_first": "H first",
+    "entropy": "H now",
+    "entropy_normalized": "now/first",
+    "clip_low_percent": "clip-low %",
+    "clip_high_percent": "clip-high %",
+    "reward_first": "reward first",
+    "reward": "now",
+    "mean_at_group": "mean@G",
+    "pass_at_group": "pass@G",
+    "response_tokens": "tokens",
+}
+"""Short headings of the overview on a terminal; JSON and CSV keep the full names."""
+
+
 def analyze(paths: Sequence[Path], sql: str | None, output: str, terminal: bool) -> str:
     """The overview of all runs under the paths, or the answer to `sql`, as text.
 
@@ -61,7 +78,11 @@ def analyze(paths: Sequence[Path], sql: str | None, output: str, terminal: bool)
     with open_runs(paths) as runs:
         if not runs.folders:
             raise SpecError(f"analyze: no runs under {', '.join(map(str, paths))}; clipctl train makes one")
-        table = runs.table(sql) if sql is not None else overview(runs)
+        if sql is not None:
+            return FORMATS[output](runs.table(sql), terminal)
+        table = overview(runs)
+        if output == "table":
+            table = table.rename_columns([HEADINGS.get(name, name) for name in table.column_names])
         return FORMATS[output](table, terminal)
 
 
@@ -127,7 +148,7 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e6 else f"{value:g}"
+        return f"{value:.4g}"
     return str(value)
 
 

@@ -77,7 +77,7 @@ def train(
     resolved = resolve_spec(
         preset_layer(preset) if preset else {},
         read_toml(spec) if spec else {},
-        *(nest(dict([parse_assignment(text)])) for text in assignments or ()),
+        nest(dict(parse_assignment(text) for text in assignments or ())),
         nest({key: value for key, value in flags.items() if value is not None}),
     )
     if dry_run:

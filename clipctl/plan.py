@@ -19,6 +19,7 @@ CHUNK_BUFFERS, SAMPLING_BUFFERS = 3, 6
 HIDDEN_KEPT = {"bfloat16": 11, "float32": 9}
 """Tensors of the hidden size that autograd keeps a token and layer, next to 4 of the gated MLP's; measured by its
 saved tensors on Llama layers (8.5-8.7 and 10.5-10.7: norms keep float32 copies of 16-bit values)."""
+LARGE_GPU = 80 * GIB
 KV_CACHE, SAMPLING = "KV cache of the sampler, at most", "logits of a sampling step"
 ACTIVATIONS, STATISTICS = "activations of a micro-batch, estimated", "statistics"
 WEIGHT_WORDS = {
@@ -115,18 +116,21 @@ def context_warnings(spec: RunSpec, shape: ModelShape | None) -> list[str]:
 
 
 def memory_warnings(spec: RunSpec, held: dict[str, int]) -> list[str]:
-    """Where a run on the CPU needs more than this machine has."""
-    if not held or spec.engine.device != "cpu":
+    """Where a run needs more than this machine has, or than `LARGE_GPU`."""
+    if not held:
         return []
     import psutil
 
-    here = int(psutil.virtual_memory().total)
-    if peak_memory(held) <= here:
+    on_cpu = spec.engine.device == "cpu"
+    room = int(psutil.virtual_memory().total) if on_cpu else LARGE_GPU
+    if peak_memory(held) <= room:
         return []
+    fixed = sum(size for name, size in held.items() if name not in (KV_CACHE, SAMPLING, ACTIVATIONS, STATISTICS))
     return [
-        f"the run needs about {_size(peak_memory(held))} and this machine has {_size(here)}: lower "
-        f"engine.tokens_per_microbatch (now {spec.engine.tokens_per_microbatch}) or engine.sampler_rows "
-        f"(now {spec.engine.sampler_rows})"
+        f"about {_size(peak_memory(held))} in one device, and {'this machine' if on_cpu else 'a large GPU'} has "
+        f"{_size(room)}; {_size(fixed)} of it are weights, gradients and moments, the rest falls with "
+        f"engine.sampler_rows (now {spec.engine.sampler_rows}) and engine.tokens_per_microbatch "
+        f"(now {spec.engine.tokens_per_microbatch})"
     ]
 
 
@@ -244,11 +248,11 @@ def _reward_words(spec: RunSpec) -> str:
     reward = spec.reward
     if reward.kind == "bernoulli":
         return f"bernoulli, 1 with probability {reward.p:g} whatever the response"
-    if reward.kind in ("normal", "uniform", "rademacher"):
-        return f"{reward.kind}, drawn whatever the response"
     if reward.kind == "function":
         return f"your function {reward.function}"
-    return f"{reward.kind}, {reward.correct:g} for a correct response and {reward.wrong:g} for any other"
+    if reward.kind == "gsm8k" or reward.kind == "math":
+        return f"{reward.kind}, {reward.correct:g} for a correct response and {reward.wrong:g} for any other"
+    return f"{reward.kind}, drawn whatever the response"
 
 
 def _dapo_lines(plan: Plan) -> list[str]:

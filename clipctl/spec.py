@@ -52,7 +52,7 @@ class Run(Group):
 
 
 class Model(Group):
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     """A name of `clipctl models list`, a hub name, a local folder, or a `.gguf` file."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the forward pass; bfloat16 trains with float32 master weights."""
@@ -363,7 +363,7 @@ def resolve_spec(*layers: Mapping[str, Any]) -> RunSpec:
 def parse_assignment(text: str) -> tuple[str, Any]:
     """`KEY=VALUE` of --set: the value is read as TOML, and as a plain string where it is no TOML."""
     key, equals, value = text.partition("=")
-    if not equals or not key.strip():
+    if not equals or not re.fullmatch(r"\s*\w+(\.\w+)*\s*", key):
         raise SpecError(f"--set: {text!r} is not KEY=VALUE, such as clip.low=0.15")
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
@@ -441,27 +441,49 @@ def _one_line(error: ValidationError) -> str:
     """The first problem: unknown keys first, since another complaint may only follow from them."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
-    # A union puts the option that it tried into the path; what the user wrote are the plain names.
-    dotted = ".".join(str(part) for part in problem["loc"] if part not in _KINDS and str(part).isidentifier())
-    if problem["type"] == "extra_forbidden":
-        known = list(_known_keys())
-        if dotted in known:
-            return f"{dotted}: no key of {dotted.split('.')[0]}.kind = {problem['loc'][1]!r}, only of another kind"
-        return f"{dotted}: unknown key{_nearest(dotted, known)}"
-    if problem["type"] == "union_tag_not_found":
-        return f"{dotted}.kind: missing; one of {', '.join(_KINDS)}"
-    if problem["type"] == "union_tag_invalid":
-        found = problem["ctx"]["tag"]
-        return f"{dotted}.kind: {found!r} is not one of {', '.join(_KINDS)}{_nearest(str(found), _KINDS)}"
-    if dotted in ("model", "model.path"):
-        return "model.path: missing; give --model, or start from a --preset or a --spec that has it"
-    if problem["type"] == "missing":
-        return f"{dotted}: missing; give it in the spec file or with --set {dotted}=VALUE, or start from a --preset"
-    if problem["type"] == "value_error":
-        message = str(problem["ctx"]["error"])
-        return f"{dotted}.{message}" if dotted else message
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{dotted}: {message}, found {problem['input']!r}"
+    dotted = _written_key(problem["loc"])
+    match problem["type"]:
+        case "extra_forbidden":
+            return _unknown_key(dotted, problem["loc"])
+        case "union_tag_invalid":
+            found = str(problem["ctx"]["tag"])
+            return f"{dotted}.kind: {found!r} is not one of {', '.join(_KINDS)}{_nearest(found, _KINDS)}"
+        case "union_tag_not_found":
+            return f"{dotted}.kind: missing; one of {', '.join(_KINDS)}"
+        case "missing" if dotted in ("model", "model.path"):
+            return "model.path: missing; give --model, or start from a --preset or a --spec that has it"
+        case "missing" if isinstance(problem["loc"][-1], int):
+            return f"{dotted}: too few values, found {problem['input']!r}"
+        case "missing":
+            return f"{dotted}: missing; give it in the spec file or with --set {dotted}=VALUE, or start from a --preset"
+        case "model_type" | "model_attributes_type":
+            keys = ", ".join(dict.fromkeys(key for key in _known_keys() if key.startswith(f"{dotted}.")))
+            return f"{dotted}: is a group of keys ({keys}), found {problem['input']!r}"
+        case "value_error":
+            message = str(problem["ctx"]["error"])
+            return f"{dotted}.{message}" if dotted else message
+    # A value that fits none of a union's options has one complaint for each.
+    options = [
+        other["msg"].removeprefix("Input should be ") for other in problems if _written_key(other["loc"]) == dotted
+    ]
+    if len(options) > 1:
+        return f"{dotted}: input should be {', or '.join(options)}, found {problem['input']!r}"
+    return f"{dotted}: {problem['msg'][0].lower()}{problem['msg'][1:]}, found {problem['input']!r}"
+
+
+def _written_key(loc: tuple[int | str, ...]) -> str:
+    """The dotted key as the user wrote it: pydantic puts a union's option and places in a list into the path."""
+    is_option = loc[:1] == ("reward",) and len(loc) > 1 and loc[1] in _KINDS
+    names = (loc[0], *loc[2:]) if is_option else loc[:2] if loc[:2] == ("store", "tokens") else loc
+    return ".".join(name for name in names if isinstance(name, str))
+
+
+def _unknown_key(dotted: str, loc: tuple[int | str, ...]) -> str:
+    known = list(_known_keys())
+    if dotted in known:
+        owners = [kind for kind, options in _REWARDS.items() if loc[-1] in options]
+        return f"{dotted}: not a key of reward.kind = {loc[1]!r}, only of {', '.join(owners)}"
+    return f"{dotted}: unknown key{_nearest(dotted, known) or _nearest(dotted, list(RunSpec.model_fields))}"
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -492,4 +514,8 @@ def _model_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _model_keys(group, f"{prefix}{name}.")
 
 
-_KINDS = [reward.model_fields["kind"].annotation.__args__[0] for reward in get_args(get_args(Reward)[0])]
+_REWARDS = {
+    get_args(reward.model_fields["kind"].annotation)[0]: list(reward.model_fields)
+    for reward in get_args(get_args(Reward)[0])
+}
+_KINDS = list(_REWARDS)

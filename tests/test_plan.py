@@ -5,8 +5,27 @@ import sys
 from typing import Any
 
 import pytest
+import torch
+from conftest import random_llama
 
-from clipctl.plan import clip_warnings, make_plan, peak_memory, plan_lines, zero_advantage_share
+from clipctl.engine.attention import use_grouped_attention
+from clipctl.models import MODELS, ModelShape
+from clipctl.plan import (
+    ACTIVATIONS,
+    CHUNK_ELEMENTS,
+    KV_CACHE,
+    SAMPLING,
+    STATISTICS,
+    clip_warnings,
+    context_warnings,
+    disk_per_rollout,
+    make_plan,
+    memory,
+    memory_warnings,
+    peak_memory,
+    plan_lines,
+    zero_advantage_share,
+)
 from clipctl.spec import RunSpec, load_spec
 
 
@@ -23,13 +42,62 @@ def test_the_3b_run_by_hand() -> None:
     assert plan.memory["weights"] == 2 * count
     assert plan.memory["float32 master weights"] == plan.memory["float32 gradients"] == 4 * count
     assert plan.memory["AdamW moments"] == 8 * count
-    assert plan.memory["KV cache of the sampler, at most"] == 256 * (1024 + 4096) * 36 * 2 * 2 * 128 * 2
+    assert plan.memory["bfloat16 gradients"] == 2 * count
+    assert plan.memory[KV_CACHE] == 128 * (512 + 4096) * 36 * 2 * 2 * 128 * 2
+    assert plan.memory[SAMPLING] == 6 * 4 * 128 * 151936
+    assert plan.memory[STATISTICS] == 3 * 4 * 2**23 + 4 * 16384 * 2048 + 2 * 151936 * 2048
     assert plan.disk_model == 2 * count
 
 
 def test_sampling_and_training_take_turns_in_memory() -> None:
-    held = {"a": 5, "KV cache of the sampler, at most": 7, "activations, estimated": 2, "statistics": 3}
-    assert peak_memory(held) == 5 + 7
+    held = {"a": 5, KV_CACHE: 7, SAMPLING: 1, ACTIVATIONS: 2, STATISTICS: 3}
+    assert peak_memory(held) == 5 + 7 + 1
+    assert peak_memory(held | {ACTIVATIONS: 20}) == 5 + 20 + 3
+
+
+def saved_bytes(layers: int, dtype: str, checkpointing: bool) -> int:
+    """Bytes that autograd keeps for a backward pass through so many Llama layers, weights apart, of 2 × 96 tokens."""
+    model = use_grouped_attention(random_llama(num_hidden_layers=layers, dtype=dtype, **WIDE))
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        model.model(input_ids=torch.arange(192).view(2, 96), use_cache=False)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    return sum(size for place, size in storages.items() if place not in weights)
+
+
+WIDE = {
+    "hidden_size": 128,
+    "intermediate_size": 448,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_estimate_of_activations_is_what_autograd_keeps(dtype: str, checkpointing: bool) -> None:
+    """Each further layer costs what autograd says, within 10 %; a checkpointed one exactly its input."""
+    measured = saved_bytes(5, dtype, checkpointing) - saved_bytes(2, dtype, checkpointing)
+    changes = {
+        "model__dtype": dtype,
+        "engine__gradient_checkpointing": checkpointing,
+        "engine__tokens_per_microbatch": 192,
+    }
+    shapes = [ModelShape(300, 128, layers, 4, 1, 32, 448, True, 512) for layers in (2, 5)]
+    two, five = (memory(spec(**changes), shape)[ACTIVATIONS] for shape in shapes)
+    assert five - two == pytest.approx(measured, rel=0.0 if checkpointing else 0.1)
+
+
+def test_the_chunks_are_those_of_the_statistics() -> None:
+    """plan has its own copy, because it must not load torch."""
+    from clipctl import statistics
+
+    assert CHUNK_ELEMENTS == statistics.CHUNK_ELEMENTS
 
 
 @pytest.mark.parametrize(
@@ -55,6 +123,51 @@ def test_warnings_where_clipping_cannot_have_an_effect() -> None:
     assert "never clips" in reinforce
     (off,) = clip_warnings(spec(clip__low=1.0, clip__high=float("inf")))
     assert "both off" in off
+    assert make_plan(spec(clip__low=1.0, clip__high=float("inf"))).clippable_updates == 0
+    assert make_plan(spec(optim__epochs=3)).clippable_updates == 47
+    assert clip_warnings(spec(clip__low=1.0)) == clip_warnings(spec(clip__high=float("inf"))) == []
+
+
+def test_a_context_that_is_too_short_is_said() -> None:
+    shape = MODELS["olmo-2-0425-1b-instruct"].shape
+    assert context_warnings(spec("olmo1b-random"), shape) == []
+    (warning,) = context_warnings(spec("olmo1b-random", rollout__max_response_tokens=4000), shape)
+    assert "4096 positions: with prompts of more than 96 tokens" in warning
+
+
+def test_memory_that_is_not_there_is_said() -> None:
+    held = {"weights": 30 * 2**30, "AdamW moments": 20 * 2**30, KV_CACHE: 31 * 2**30, SAMPLING: 0, ACTIVATIONS: 1,
+            STATISTICS: 1}  # fmt: skip
+    (warning,) = memory_warnings(spec(), held)
+    assert "about 81.0 GiB in one device, and a large GPU has 80.0 GiB; 50.0 GiB of it are weights" in warning
+    assert memory_warnings(spec(), held | {KV_CACHE: 29 * 2**30}) == []
+    (warning,) = memory_warnings(spec(engine__device="cpu"), held | {"weights": 10**16})
+    assert "this machine has" in warning
+    assert memory_warnings(spec(engine__device="cpu"), dict.fromkeys(held, 10)) == []
+
+
+def test_disk_of_a_rollout_by_hand() -> None:
+    """512 samples of 24 tokens at most, 64 updates; texts 2 bytes a token, per-token rows 16."""
+    rows = 300 + 64 * 150 + 512 * 90
+    assert disk_per_rollout(spec("tiny", store__texts=False)) == rows
+    assert disk_per_rollout(spec("tiny")) == rows + 2 * 512 * 24
+    assert disk_per_rollout(spec("tiny", store__tokens="all")) == rows + (2 + 16) * 512 * 24
+    assert disk_per_rollout(spec("tiny", store__tokens=0.25)) == rows + (2 + 4) * 512 * 24
+    assert disk_per_rollout(spec("tiny", store__texts=False, rollout__dynamic_sampling=True)) == rows + 4 * 512 * 90
+
+
+def test_what_dapo_adds_is_said() -> None:
+    text = "\n".join(plan_lines(make_plan(spec("qwen7b-dapo"))))
+    assert "4 refills and 20480 responses at most" in text
+    assert "up to 1 over the last 1024 of 4096 tokens" in text
+    assert "math, 1 for a correct response and -1 for any other" in text
+    assert "dynamic sampling" not in "\n".join(plan_lines(make_plan(spec())))
+
+
+def test_saved_models_are_counted() -> None:
+    """10 rollouts, one saved after 4 and 8, and the last."""
+    assert "3 saved models of 513.1 MiB" in plan_lines(make_plan(spec("smollm2-gsm8k", checkpoint__every=4)))[-1]
+    assert "1 saved model of" in plan_lines(make_plan(spec("smollm2-gsm8k")))[-1]
 
 
 def test_what_is_printed() -> None:

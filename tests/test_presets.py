@@ -4,6 +4,8 @@ import math
 
 import pytest
 
+from clipctl.models import model_shape
+from clipctl.plan import make_plan
 from clipctl.spec import load_spec, preset_names, preset_text
 from clipctl.tasks import TASKS
 
@@ -35,7 +37,9 @@ def test_table_1(name: str) -> None:
     assert (spec.rollout.prompts, spec.rollout.group_size, spec.responses) == (512, 8, 4096)
     assert (spec.optim.responses_per_update, spec.optim.epochs, spec.updates_per_rollout) == (256, 1, 16)
     assert spec.optim.lr == (1e-6 if dapo else 5e-7)
-    assert (spec.rollout.max_response_tokens, spec.rollout.temperature, spec.rollout.top_p) == (4096, 1.0, 1.0)
+    # OLMo has 4096 positions in all, so prompt and response share them.
+    longest = 3584 if name.startswith("olmo") else 4096
+    assert (spec.rollout.max_response_tokens, spec.rollout.temperature, spec.rollout.top_p) == (longest, 1.0, 1.0)
     assert (spec.eval.temperature, spec.eval.top_p) == (1.0, 0.95)
     assert spec.rollout.dynamic_sampling is dapo
     assert (spec.rollout.overlong_buffer, spec.rollout.overlong_penalty) == ((1024, 1.0) if dapo else (0, 1.0))
@@ -44,6 +48,32 @@ def test_table_1(name: str) -> None:
         assert spec.reward.model_dump() == {"kind": "bernoulli", "p": 0.5}
     else:
         assert (spec.reward.correct, spec.reward.wrong) == (1.0, -1.0 if dapo else 0.0)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_prompt_and_response_fit_the_model(name: str) -> None:
+    spec = load_spec(name)
+    shape = model_shape(spec.model.path)
+    assert shape is not None
+    assert spec.rollout.max_prompt_tokens + spec.rollout.max_response_tokens <= shape.context
+
+
+@pytest.mark.parametrize(
+    ("name", "benchmarks", "k"),
+    [(name, ("gsm8k",), 8) for name in PAPER if name != "qwen7b-dapo"]
+    + [("qwen7b-dapo", ("amc23", "math500", "aime24", "aime25"), 32)],
+)
+def test_benchmarks_are_those_of_the_figures(name: str, benchmarks: tuple[str, ...], k: int) -> None:
+    spec = load_spec(name)
+    assert (spec.eval.benchmarks, spec.eval.k) == (benchmarks, k)
+    assert set(benchmarks) <= set(TASKS)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-random", "smollm2-arith", "smollm2-gsm8k"])
+def test_small_presets_run_on_a_cpu_of_one_core(name: str) -> None:
+    spec = load_spec(name)
+    assert (spec.engine.device, spec.engine.threads, spec.model.dtype) == ("cpu", 1, "float32")
+    assert sum(make_plan(spec).memory.values()) < 8 * 2**30
 
 
 def test_the_missions_line() -> None:

@@ -42,20 +42,43 @@ def refusal(*layers: dict[str, object]) -> str:
     [
         ({"clip": {"lwo": 0.1}}, "clip.lwo: unknown key (did you mean clip.low?)"),
         ({"stpes": 3}, "stpes: unknown key (did you mean run.steps?)"),
-        ({"reward": {"kind": "gsm8k", "p": 0.5}}, "reward.p: no key of reward.kind = 'gsm8k', only of another kind"),
+        ({"reward": {"kind": "gsm8k", "p": 0.5}}, "reward.p: not a key of reward.kind = 'gsm8k', only of bernoulli"),
         ({"clip": {"low": 1.5}}, "clip.low: input should be less than or equal to 1, found 1.5"),
         ({"clip": {"low": -0.1}}, "clip.low: input should be greater than or equal to 0, found -0.1"),
         ({"clip": {"high": math.nan}}, "clip.high: input should be greater than or equal to 0, found nan"),
         ({"clip": {"low": "0.1"}}, "clip.low: input should be a valid number, found '0.1'"),
         ({"run": {"steps": True}}, "run.steps: input should be a valid integer, found True"),
         ({"optim": {"lr": math.inf}}, "optim.lr: input should be a finite number, found inf"),
-        ({"store": {"tokens": 3}}, "store.tokens: input should be 'none' or 'all', found 3"),
+        (
+            {"reward": {"kind": "normal", "wrong": 0.5}},
+            "reward.wrong: not a key of reward.kind = 'normal', only of gsm8k, math",
+        ),
+        ({"reward": {"kind": "bernouli"}}, "reward.kind: 'bernouli' is not one of gsm8k, math, bernoulli"),
+        ({"reward": {"kind": "bernouli"}}, "(did you mean bernoulli?)"),
+        ({"reward": {"kind": "bernoulli", "p": 1.5}}, "reward.p: input should be less than or equal to 1, found 1.5"),
+        ({"reward": {"kind": "function"}}, "reward.function: missing; give it in the spec file or with --set"),
+        ({"store": {"tokens": 3}}, "store.tokens: input should be 'none' or 'all', or less than 1, found 3"),
+        (
+            {"store": {"tokens": "some"}},
+            "store.tokens: input should be 'none' or 'all', or a valid number, found 'some'",
+        ),
+        ({"clp": {"low": 0.1}}, "clp: unknown key (did you mean clip?)"),
+        ({"data": {"arith": {"styl": "words"}}}, "data.arith.styl: unknown key (did you mean data.arith.style?)"),
+        ({"clip": 0.2}, "clip: is a group of keys (clip.low, clip.high), found 0.2"),
+        ({"model": {"path": ""}}, "model.path: string should have at least 1 character"),
+        ({"optim": {"betas": [0.9]}}, "optim.betas: too few values, found [0.9]"),
+        ({"optim": {"betas": [0.9, 1.5]}}, "optim.betas: input should be less than or equal to 1, found 1.5"),
+        ({"eval": {"benchmarks": ["gsm8k", 3]}}, "eval.benchmarks: input should be a valid string, found 3"),
+        ({"rollout": {"group_size": 1}}, "rollout.group_size: input should be greater than or equal to 2, found 1"),
         ({"reward": {"kind": "function", "function": "nothing"}}, "function = 'nothing' is not an import path"),
         ({"loss": {"constant": 10}}, "constant = 10 has no effect with aggregation = 'token_mean'"),
         ({"reward": {"correct": 0.5}}, "reward.kind: missing; one of gsm8k, math"),
         ({"reward": {"kind": "gsm8k", "correct": 0.0}}, "correct = 0.0 must be above wrong = 0.0"),
         ({"rollout": {"overlong_buffer": 4096}}, "overlong_buffer = 4096 must be below max_response_tokens = 4096"),
-        ({"loss": {"objective": "reinforce"}}, "loss.objective = 'reinforce' is unbiased for one update a rollout only"),
+        (
+            {"loss": {"objective": "reinforce"}},
+            "loss.objective = 'reinforce' is unbiased for one update a rollout only",
+        ),
         ({"rollout": {"top_p": 0.9}}, "rollout.top_p = 0.9"),
     ],
 )
@@ -65,7 +88,20 @@ def test_impossible_values_are_refused_by_name(layer: dict[str, object], line: s
 
 def test_a_group_is_never_split_and_updates_divide_the_rollout() -> None:
     assert "responses_per_update = 20 would split a group" in refusal({"optim": {"responses_per_update": 20}})
-    assert "responses_per_update = 24 does not divide the 512 responses" in refusal({"optim": {"responses_per_update": 24}})
+    assert "responses_per_update = 24 does not divide the 512 responses" in refusal(
+        {"optim": {"responses_per_update": 24}}
+    )
+
+
+@pytest.mark.parametrize("layers", [(), ({"model": {}},), ({"model": {"dtype": "float32"}},)])
+def test_a_missing_model_names_the_flag(layers: tuple[dict[str, object], ...]) -> None:
+    with pytest.raises(SpecError, match=r"^model\.path: missing; give --model, or start from a --preset or a --spec"):
+        resolve_spec(*layers)
+
+
+@pytest.mark.parametrize("value", ["none", "all", 0.25])
+def test_per_token_rows_of_none_all_or_a_share(value: str | float) -> None:
+    assert resolve_spec(MODEL, {"store": {"tokens": value}}).store.tokens == value
 
 
 @pytest.mark.parametrize("name", ["a/b", "../a", "/a", ".a", "-a", "", "a b", "a\nb", "é", "a" * 101])
@@ -111,6 +147,12 @@ def test_assignments_are_toml_or_plain_text(text: str, key: str, value: object) 
     assert parse_assignment(text) == (key, value)
 
 
+@pytest.mark.parametrize("text", ["clip.low", "=3", ".=3", "clip..low=3", "clip low=3", ""])
+def test_what_is_no_assignment_is_refused(text: str) -> None:
+    with pytest.raises(SpecError, match=r"is not KEY=VALUE, such as clip\.low=0\.15"):
+        parse_assignment(text)
+
+
 def test_dotted_keys_nest() -> None:
     assert nest({"a.b.c": 1, "a.d": 2, "e": 3}) == {"a": {"b": {"c": 1}, "d": 2}, "e": 3}
     with pytest.raises(SpecError, match="a is a value, not a group"):
@@ -149,15 +191,16 @@ def test_a_file_and_overrides(tmp_path: Path) -> None:
 
 def test_every_field_says_what_it_is() -> None:
     """The schema is the reference of a spec, so no field may be without a description where its name does not say it."""
-    undocumented = [
+    by_their_name = {"data.arith", "optim.betas", "optim.eps", "optim.weight_decay", "engine.sampler", "engine.trainer",
+                     "engine.device"}  # fmt: skip
+    undocumented = {
         f"{group}.{name}"
         for group, field in RunSpec.model_fields.items()
         if group not in ("eval", "reward")
         for name, inner in field.annotation.model_fields.items()  # type: ignore[union-attr]
-        if not inner.description and f"{group}.{name}" not in ("data.arith", "optim.betas", "optim.eps",
-            "optim.weight_decay", "engine.sampler", "engine.trainer", "engine.device")  # fmt: skip
-    ]
-    assert undocumented == []
+        if not inner.description
+    }
+    assert undocumented == by_their_name
 
 
 def test_the_spec_loads_without_torch() -> None:

@@ -245,3 +245,23 @@ def test_tiny_learns(tmp_path: Path) -> None:
     folder = train(load_spec("tiny", {"run.steps": 25}), runs_dir=tmp_path)
     reward = [row[0] for row in rows(folder, "select reward_mean from rollouts order by rollout")]
     assert np.mean(reward[-5:]) > np.mean(reward[:5]) + 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["smollm2-gsm8k", "smollm2-arith"])
+def test_a_real_model_on_real_data(tmp_path: Path, preset: str, data_folder: Path) -> None:
+    """SmolLM2 on GSM8K's own rows and on word problems: two small rollouts, sampler and trainer agree, texts are text."""
+    overrides: dict[str, Any] = {
+        "run.steps": 2,
+        "rollout.prompts": 2,
+        "rollout.max_response_tokens": 16,
+        "optim.responses_per_update": 8,
+    }
+    if preset == "smollm2-gsm8k":
+        overrides["data.path"] = str(data_folder / "gsm8k" / "train.jsonl")
+    folder = train(load_spec(preset, overrides), runs_dir=tmp_path)
+    for entropy, mismatch in rows(folder, "select entropy, mismatch_max from rollouts"):
+        assert 0.2 < entropy < 6
+        assert mismatch < 1e-3
+    assert rows(folder, "select count(*), count(distinct text) > 10 from samples") == [(32, True)]
+    assert rows(folder, "select max(noise_max) from updates where inner_step = 0") == [(0.0,)]

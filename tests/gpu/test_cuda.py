@@ -1,0 +1,44 @@
+"""The torch engine on one CUDA GPU with the code that runs on the CPU. Skipped without a GPU."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from clipctl import load_spec, open_runs, token_statistics, train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
+def test_statistics_are_exact_on_cuda(dtype: torch.dtype, temperature: float) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(300, 256, generator=generator, device="cuda").to(dtype)
+    head = (torch.randn(20_000, 256, generator=generator, device="cuda") * 0.3).to(dtype)
+    targets = torch.randint(20_000, (300,), generator=generator, device="cuda")
+    found = token_statistics(hidden, head, targets, temperature=temperature)
+    logp = torch.log_softmax(hidden.double() @ head.double().T / temperature, -1)
+    p, entropy = logp.exp(), -(logp.exp() * logp).sum(-1)
+    expected_q = (p * p * (logp + entropy[:, None])).sum(-1)
+    scale = (p * p * (logp.abs() + entropy[:, None])).sum(-1)
+    assert (found.logprob_T - logp.gather(1, targets[:, None])[:, 0]).abs().max() < 1e-4
+    assert (found.entropy_T - entropy).abs().max() < 1e-4
+    assert ((found.expected_q_T - expected_q).abs() / scale).max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tiny_trains_on_cuda(tmp_path: Path, dtype: str) -> None:
+    spec = load_spec("tiny", {"engine.device": "cuda", "model.dtype": dtype, "run.steps": 25})
+    folder = train(spec, runs_dir=tmp_path)
+    with open_runs(folder) as runs:
+        reward = [row for (row,) in runs.sql("select reward_mean from rollouts order by rollout").fetchall()]
+        noise = [row for (row,) in runs.sql("select noise_max from updates where inner_step = 0").fetchall()]
+        mismatch = [row for (row,) in runs.sql("select mismatch_max from rollouts").fetchall()]
+    assert np.mean(reward[-5:]) > np.mean(reward[:5]) + 0.1
+    assert max(noise) < 1e-4
+    assert max(mismatch) < (1e-3 if dtype == "float32" else 0.2)

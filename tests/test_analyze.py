@@ -1,0 +1,103 @@
+"""The overview against numpy, and what a terminal, a pipe and a hostile text make of the output."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_store import SPEC, rollout_row, samples, update_rows, write
+
+from clipctl.analyze import LAST, analyze, safe_text
+from clipctl.errors import SpecError
+from clipctl.store import create_run
+
+HOSTILE = "[/INST] [bold]x[/bold] \x1b[31mred\x1b]52;c;aGk=\x07 \x9b2J \u202egnirts \x00 :smile: \\[a] \r end"
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs"
+    for name, rollouts in (("a", 7), ("b", 1)):
+        writer = create_run(folder, name, SPEC, "tiny")
+        for rollout in range(rollouts):
+            write(writer, rollout)
+        writer.close("finished" if name == "a" else "interrupted", "")
+    empty = create_run(folder, "c", SPEC, "tiny")
+    empty._closed.set()
+    return folder
+
+
+def test_the_overview_is_what_numpy_makes_of_the_raw_rows(runs: Path) -> None:
+    answer = json.loads(analyze([runs], None, "json", False))
+    assert answer["schema_version"] == 1
+    a, b, c = answer["rows"]
+    assert [row["run"] for row in (a, b, c)] == ["a", "b", "c"]
+    assert [row["state"] for row in (a, b, c)] == ["finished", "interrupted", "running"]
+    assert [row["rollouts"] for row in (a, b, c)] == [7, 1, 0]
+    assert (a["eps_low"], a["eps_high"]) == (0.1, "Infinity")
+    rows = [rollout_row(rollout) for rollout in range(7)]
+    entropy = np.array([row["entropy_response_sum"] / row["responses_scored"] for row in rows])
+    assert a["entropy_first"] == pytest.approx(entropy[0])
+    assert a["entropy"] == pytest.approx(entropy[-LAST:].mean())
+    assert a["entropy_normalized"] == pytest.approx((entropy / entropy[0])[-LAST:].mean())
+    assert a["reward"] == pytest.approx(np.mean([row["reward_sum"] / row["responses"] for row in rows[-LAST:]]))
+    assert a["mean_at_group"] == pytest.approx(np.mean([row["correct"] / row["graded"] for row in rows[-LAST:]]))
+    assert a["pass_at_group"] == pytest.approx(np.mean([row["groups_correct"] / row["prompts"] for row in rows[-LAST:]]))
+    updates = [row for rollout in range(7) for row in update_rows(rollout)]
+    tokens = sum(row["tokens"] for row in updates)
+    assert a["clip_low_percent"] == pytest.approx(100 * sum(row["clip_low"] for row in updates) / tokens)
+    assert a["clip_high_percent"] == pytest.approx(100 * sum(row["clip_high"] for row in updates) / tokens)
+    assert c["entropy"] is None
+
+
+def test_a_query_in_three_formats(runs: Path) -> None:
+    query = "select run_id, rollout, reward_mean from rollouts where rollout < 2 order by all"
+    rows = json.loads(analyze([runs], query, "json", False))["rows"]
+    assert [(row["run_id"], row["rollout"]) for row in rows] == [("a", 0), ("a", 1), ("b", 0)]
+    parsed = list(csv.DictReader(io.StringIO(analyze([runs], query, "csv", False))))
+    assert [float(row["reward_mean"]) for row in parsed] == [row["reward_mean"] for row in rows]
+    table = analyze([runs], query, "table", False).splitlines()
+    assert table[0].split() == ["run_id", "rollout", "reward_mean"]
+    assert [line.split()[:2] for line in table[2:]] == [["a", "0"], ["a", "1"], ["b", "0"]]
+
+
+def test_a_pipe_gets_whole_columns(runs: Path) -> None:
+    query = f"select {', '.join(f'repeat({chr(39)}x{chr(39)}, 40) as column_number_{at}' for at in range(20))} from runs"
+    table = analyze([runs], query, "table", False)
+    assert "column_number_19" in table
+    assert "…" not in table
+    assert table.splitlines()[2].count("x" * 40) == 20
+
+
+def test_hostile_text_is_shown_and_never_obeyed(tmp_path: Path) -> None:
+    writer = create_run(tmp_path, "a", SPEC, "tiny")
+    writer.write_rollout(0, rollout_row(0), update_rows(0), samples(0, HOSTILE), None)
+    writer.close("finished", "")
+    for output in ("table", "csv", "json"):
+        text = analyze([tmp_path], "select text from samples", output, True)
+        assert not any(character in text for character in "\x1b\x9b\x07\x00\u202e")
+        assert "[/INST]" in text
+        assert ":smile:" in text
+    assert json.loads(analyze([tmp_path], "select text from samples", "json", True))["rows"][0]["text"] == HOSTILE
+
+
+def test_safe_text() -> None:
+    assert safe_text("a\x1b[0m\u2066b\nc é 漢") == "a\\x1b[0m\\x2066b⏎c é 漢"
+
+
+def test_a_damaged_run_is_named_and_the_others_stay(runs: Path) -> None:
+    (runs / "a" / "metrics.duckdb").write_bytes(b"nonsense")
+    rows = json.loads(analyze([runs], None, "json", False))["rows"]
+    assert "metrics.duckdb is damaged" in rows[0]["problem"]
+    assert rows[1]["rollouts"] == 1
+    assert rows[1]["problem"] is None
+
+
+def test_wrong_use_is_refused(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="--format: 'xml' is not one of table, json, csv"):
+        analyze([runs], None, "xml", False)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SpecError, match="no runs under"):
+        analyze([tmp_path / "empty"], None, "table", False)

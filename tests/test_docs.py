@@ -1,0 +1,66 @@
+"""README says what the code does: every command, option, preset, metric and file is in it, and its Python runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clipctl.spec import RunSpec, preset_names
+from clipctl.store import METRICS, VIEWS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def metrics_table() -> str:
+    return "\n".join(["| Name | Formula |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in METRICS.items())])
+
+
+def test_the_table_of_metrics_is_the_one_of_the_code() -> None:
+    found = README.split("<!-- metrics -->")[1].split("<!-- end of metrics -->")[0].strip()
+    assert found == metrics_table(), "run: python tests/test_docs.py"
+
+
+def test_readme_opens_with_the_two_commands() -> None:
+    commands = re.findall(r"^    (bash \S+)", README, flags=re.MULTILINE)[:2]
+    assert commands == ["bash quickstart.sh", "bash check.sh"]
+    assert "bash check.sh" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_preset_group_and_view_is_named() -> None:
+    for name in [*preset_names(), *RunSpec.model_fields, *(view for view in VIEWS)]:
+        assert f"`{name}`" in README or re.search(rf"`[^`]*\b{re.escape(name)}\b[^`]*`", README), name
+
+
+def test_every_module_is_in_the_table_of_files() -> None:
+    files = README.split("## Files")[1]
+    for module in (ROOT / "clipctl").glob("*.py"):
+        if not module.name.startswith("__"):
+            assert module.name in files, module.name
+
+
+def test_every_option_of_train_is_named() -> None:
+    done = subprocess.run([sys.executable, "-m", "clipctl", "train", "--help"], capture_output=True, text=True, check=True)
+    for option in set(re.findall(r"--[a-z-]+", done.stdout)) - {"--help"}:
+        assert option in README, option
+
+
+def test_user_documents_do_not_name_the_developers_folders() -> None:
+    for document in [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "clipctl" / "tiny" / "README.md"]:
+        assert "../shared" not in document.read_text()
+
+
+@pytest.mark.slow
+def test_the_python_example_runs(tmp_path: Path) -> None:
+    (block,) = re.findall(r"In Python:\n\n((?:    .*\n|\n)+)", README)
+    code = re.sub(r"^    ", "", block, flags=re.MULTILINE)
+    subprocess.run([sys.executable, "-c", code + "\nassert table.num_rows == 10"], check=True, cwd=tmp_path)
+
+
+if __name__ == "__main__":
+    before, rest = README.split("<!-- metrics -->")
+    after = rest.split("<!-- end of metrics -->")[1]
+    text = f"{before}<!-- metrics -->\n{metrics_table()}\n<!-- end of metrics -->{after}"
+    (ROOT / "README.md").write_text(text)
