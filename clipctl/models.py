@@ -273,6 +273,14 @@ def stop_ids(folder: Path, tokenizer: ChatTokenizer) -> frozenset[int]:
     return stops
 
 
+def check_device(device: str) -> None:
+    """Raises DependencyError for a GPU that is not there."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DependencyError("engine.device = 'cuda': torch sees no CUDA GPU here; use --set engine.device=cpu")
+
+
 def load_causal_lm(folder: Path, dtype: str, device: str) -> "nn.Module":
     """The model in eval mode, without dropout. Raises ModelError for what exact statistics cannot take, and
     DependencyError for a GPU that is not there."""
@@ -280,8 +288,7 @@ def load_causal_lm(folder: Path, dtype: str, device: str) -> "nn.Module":
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DependencyError("engine.device = 'cuda': torch sees no CUDA GPU here; use --set engine.device=cpu")
+    check_device(device)
     _quiet_transformers()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -22,7 +22,7 @@ from clipctl.algo import group_advantages, overlong_penalty
 from clipctl.engine import EnginePair, UpdateResult, open_engine
 from clipctl.errors import DataError, DivergedError, EngineError, Interrupted, SpecError
 from clipctl.loss import spec_loss
-from clipctl.models import ChatTokenizer, find_model, load_tokenizer, stop_ids
+from clipctl.models import ChatTokenizer, check_device, find_model, load_tokenizer, stop_ids
 from clipctl.records import Group, Seconds, pack, rollout_row, sample_columns, token_columns, update_row
 from clipctl.rewards import Scorer, grader_of, open_scorer
 from clipctl.rollout import Completion, DrawKey, Problem, Prompt, SamplingParams, minibatches, stream_indices
@@ -84,6 +84,7 @@ def train(
     name = spec.run.name or f"{label}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     grader = grader_of(spec.reward, task_grader(spec.data))
     problems = load_problems(spec.data, grader=grader)
+    check_device(spec.engine.device)
     folder = find_model(spec.model.path, pull=True)
     tokenizer = load_tokenizer(folder, spec.model.chat_template)
     data = tokenize(problems, tokenizer, spec.rollout.max_prompt_tokens)
