@@ -1,9 +1,9 @@
 """The store: an append-only journal of Parquet segments per run, folded into `metrics.duckdb` when an attempt ends.
 
 A run's folder has one writer. Each rollout appends one segment per table, written under another name, fsynced and
-renamed, with a digest of its content in the name; the `rollouts` segment comes last and is the commit record. `metrics.duckdb` is built as a
-new file and renamed, so nothing ever waits for a lock. Readers open an in-memory database, take what each run's
-`metrics.duckdb` holds and the committed segments that it does not, and never write into a run.
+renamed, with a digest of its content in the name; the `rollouts` segment comes last and is the commit record.
+`metrics.duckdb` is built as a new file and renamed, so nothing ever waits for a lock. Readers open an in-memory database,
+take what each run's `metrics.duckdb` holds and the committed segments that it does not, and never write into a run.
 
 Sums and counts are stored, the views make the means; empty is NULL, never NaN. This is the only module with SQL.
 """
@@ -322,7 +322,7 @@ def arrow_schema(table: str) -> "pa.Schema":
 
 def fold(folder: Path) -> None:
     """Builds metrics.duckdb from everything the run has, as a new file renamed over the old one, and then removes the
-    segments that it holds."""
+    segments that it holds. A run with damage is left alone."""
     import duckdb
 
     beside = folder / ".metrics.duckdb"
@@ -330,8 +330,8 @@ def fold(folder: Path) -> None:
     held = [file for file in committed_segments(folder) if file.name.split("-")[0] in FOLDED]
     with duckdb.connect(":memory:") as source:
         _create_tables(source)
-        problems = _load_run(source, folder, folder.name)
-        assert not problems, problems
+        if _load_run(source, folder, folder.name):
+            return  # A damaged journal stays as it is, for readers to name and for people to mend.
         try:
             source.execute(f"attach '{_quoted(beside)}' as target")
             for table in FOLDED:

@@ -44,7 +44,9 @@ def test_the_overview_is_what_numpy_makes_of_the_raw_rows(runs: Path) -> None:
     assert a["entropy_normalized"] == pytest.approx((entropy / entropy[0])[-LAST:].mean())
     assert a["reward"] == pytest.approx(np.mean([row["reward_sum"] / row["responses"] for row in rows[-LAST:]]))
     assert a["mean_at_group"] == pytest.approx(np.mean([row["correct"] / row["graded"] for row in rows[-LAST:]]))
-    assert a["pass_at_group"] == pytest.approx(np.mean([row["groups_correct"] / row["prompts"] for row in rows[-LAST:]]))
+    assert a["pass_at_group"] == pytest.approx(
+        np.mean([row["groups_correct"] / row["prompts"] for row in rows[-LAST:]])
+    )
     updates = [row for rollout in range(7) for row in update_rows(rollout)]
     tokens = sum(row["tokens"] for row in updates)
     assert a["clip_low_percent"] == pytest.approx(100 * sum(row["clip_low"] for row in updates) / tokens)
@@ -64,7 +66,9 @@ def test_a_query_in_three_formats(runs: Path) -> None:
 
 
 def test_a_pipe_gets_whole_columns(runs: Path) -> None:
-    query = f"select {', '.join(f'repeat({chr(39)}x{chr(39)}, 40) as column_number_{at}' for at in range(20))} from runs"
+    query = (
+        f"select {', '.join(f'repeat({chr(39)}x{chr(39)}, 40) as column_number_{at}' for at in range(20))} from runs"
+    )
     table = analyze([runs], query, "table", False)
     assert "column_number_19" in table
     assert "…" not in table

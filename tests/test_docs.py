@@ -42,7 +42,9 @@ def test_every_module_is_in_the_table_of_files() -> None:
 
 
 def test_every_option_of_train_is_named() -> None:
-    done = subprocess.run([sys.executable, "-m", "clipctl", "train", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "clipctl", "train", "--help"], capture_output=True, text=True, check=True
+    )
     for option in set(re.findall(r"--[a-z-]+", done.stdout)) - {"--help"}:
         assert option in README, option
 

@@ -23,8 +23,8 @@ from clipctl.store import (
     METRICS,
     TABLES,
     VIEWS,
-    RunWriter,
     Runs,
+    RunWriter,
     committed_segments,
     create_run,
     digest,
@@ -73,6 +73,11 @@ def write(writer: RunWriter, rollout: int) -> None:
     writer.write_rollout(rollout, rollout_row(rollout), update_rows(rollout), samples(2 * rollout), None)
 
 
+def write_many(writer: RunWriter, rollouts: int) -> None:
+    for rollout in range(1, rollouts):
+        write(writer, rollout)
+
+
 def answers(path: Path) -> dict[str, list[Any]]:
     with open_runs(path) as runs:
         return {name: runs.sql(query).fetchall() for name, query in SERIES.items()}
@@ -103,7 +108,8 @@ def test_views_make_the_means_of_sums_and_counts(writer: RunWriter) -> None:
     for rollout in range(2):
         write(writer, rollout)
     with open_runs(writer.folder) as runs:
-        columns = "reward_mean, mean_at_group, pass_at_group, entropy, entropy_token_mean, entropy_normalized, response_tokens_mean"
+        columns = "reward_mean, mean_at_group, pass_at_group, entropy, entropy_token_mean, entropy_normalized, "
+        columns += "response_tokens_mean"
         found = runs.sql(f"select {columns} from rollouts order by rollout").fetchall()
         clip = runs.sql("select clip_low, clip_low_fraction, clip_low_fraction_advantage, kl, ratio_mean, entropy_token_mean "
                         "from updates where rollout = 1 order by inner_step").fetchall()  # fmt: skip
@@ -127,7 +133,9 @@ def test_nothing_scored_and_nothing_graded_are_null(writer: RunWriter) -> None:
                             "tokens_scored": 0, "entropy_response_sum": None, "entropy_token_sum": None}  # fmt: skip
     writer.write_rollout(0, row, [], samples(0), None)
     with open_runs(writer.folder) as runs:
-        found = runs.sql("select mean_at_group, pass_at_group, entropy, entropy_token_mean, entropy_normalized from rollouts")
+        found = runs.sql(
+            "select mean_at_group, pass_at_group, entropy, entropy_token_mean, entropy_normalized from rollouts"
+        )
         assert found.fetchall() == [(None,) * 5]
 
 
@@ -160,7 +168,10 @@ def test_texts_can_be_left_out_and_tokens_kept(writer: RunWriter) -> None:
     }  # fmt: skip
     writer.write_rollout(0, rollout_row(0), update_rows(0), samples(0), tokens, texts=False)
     with open_runs(writer.folder) as runs:
-        assert runs.sql("select token_id, logprob, sampler_logprob from tokens").fetchall() == [(5, -0.5, -0.5), (9, -1.5, -1.25)]
+        assert runs.sql("select token_id, logprob, sampler_logprob from tokens").fetchall() == [
+            (5, -0.5, -0.5),
+            (9, -1.5, -1.25),
+        ]
         assert runs.sql("select distinct text from samples").fetchall() == [(None,)]
 
 
@@ -242,14 +253,19 @@ def test_paths_that_do_not_exist_are_refused_and_empty_ones_are_not(tmp_path: Pa
 def test_a_read_only_folder_is_a_store_error(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(StoreError, match="not a folder|cannot be made"):
+    with pytest.raises(StoreError, match=r"not a folder|cannot be made"):
         create_run(blocked, "a", SPEC, "tiny")
     with pytest.raises(StoreError, match="cannot be made"):
         create_run(blocked / "deeper", "a", SPEC, "tiny")
 
 
 def test_a_run_that_fell_silent_has_crashed() -> None:
-    alive = {"state": "running", "heartbeat": "2099-01-01T00:00:00+00:00", "pid": os.getpid(), "host": os.uname().nodename}
+    alive = {
+        "state": "running",
+        "heartbeat": "2099-01-01T00:00:00+00:00",
+        "pid": os.getpid(),
+        "host": os.uname().nodename,
+    }
     assert state_of(alive) == "running"
     assert state_of(alive | {"heartbeat": "2020-01-01T00:00:00+00:00"}) == "crashed"
     assert state_of(alive | {"pid": 2**22 + 1}) == "crashed"
@@ -267,8 +283,7 @@ def test_a_full_disk_is_an_error_and_earlier_rollouts_stay(tmp_path: Path) -> No
         write(writer, 0)
         before = answers(writer.folder)
         with pytest.raises(StoreError, match="No space left on device"):
-            for rollout in range(1, 400):
-                write(writer, rollout)
+            write_many(writer, 400)
         found = answers(writer.folder)
         assert found["rollouts"][:1] == before["rollouts"]
         committed = {row[2] for row in found["rollouts"]}
@@ -293,7 +308,9 @@ writer.close("finished", "")
 
 def start_writer(folder: Path, name: str, rollouts: int) -> subprocess.Popen[str]:
     code = WRITER.format(tests=str(Path(__file__).parent))
-    return subprocess.Popen([sys.executable, "-c", code, str(folder), name, str(rollouts)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(folder), name, str(rollouts)], stdout=subprocess.PIPE, text=True
+    )
 
 
 def killed_and_read(folder: Path, seed: int) -> None:
@@ -334,7 +351,9 @@ def test_writers_and_polling_readers_do_not_meet(tmp_path: Path) -> None:
     while any(writer.poll() is None for writer in writers):
         with open_runs(tmp_path) as runs:
             problems += [row for (row,) in runs.sql("select problem from runs where problem is not null").fetchall()]
-            half = runs.sql("select count(*) from (select run_id, rollout, count(*) as n from updates group by all) where n <> 3")
+            half = runs.sql(
+                "select count(*) from (select run_id, rollout, count(*) as n from updates group by all) where n <> 3"
+            )
             assert half.fetchall() == [(0,)]
             reads += 1
     assert problems == []
@@ -402,3 +421,12 @@ def test_runs_is_a_public_name() -> None:
 
     assert clipctl.open_runs is open_runs
     assert clipctl.Runs is Runs
+
+
+def test_a_damaged_journal_is_not_folded_away(writer: RunWriter) -> None:
+    for rollout in range(2):
+        write(writer, rollout)
+    segment_of(writer, "updates-000-000001").write_bytes(b"garbage")
+    writer.close("finished", "")
+    assert not (writer.folder / "metrics.duckdb").exists()
+    assert len(answers(writer.folder)["rollouts"]) == 2
