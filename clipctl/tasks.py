@@ -419,14 +419,18 @@ def _hub_file(data: Data, hub: HubFiles, name: str) -> Path:
 
 def _hub_answers() -> bool:
     """One short try: the hub's own client would retry for 20 s before it says that there is no network."""
-    import httpx
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        httpx.head(constants.ENDPOINT, timeout=5)
-    except httpx.HTTPError:
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
+    except HTTPError:
+        return True  # It answered.
+    except OSError:
         return False
     return True
 
