@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipctl.engine import Scores, UpdateResult
-from clipctl.rollout import Batch, Completion, Problem, Prompt
+from clipctl.rollout import Batch, Completion, DrawKey, Problem, Prompt, keyed_rng
 from clipctl.spec import RunSpec
 
 
@@ -170,17 +170,19 @@ def sample_columns(sampled: Sequence[Group], trained: Sequence[Group], old: Scor
     }
 
 
+def _is_kept(key: DrawKey, share: str | float) -> bool:
+    """The same groups in every arm and after a resume, and those of a smaller share among those of a larger one."""
+    return share == "all" or bool(keyed_rng(key.seed, "tokens", key.rollout, key.position).random() < float(share))
+
+
 def token_columns(
     trained: Sequence[Group], old: Scores | None, share: str | float
 ) -> Mapping[str, Sequence[Any]] | None:
-    """The `tokens` rows, by column, of all trained groups or of a share of them chosen by position in the stream."""
+    """The `tokens` rows, by column, of all trained groups or of an expected share of them, drawn by their keys."""
     if old is None or share == "none":
         return None
-    every = 1 if share == "all" else max(1, round(1 / float(share)))
     lengths_R = pack(trained).lengths_R
-    chosen_R = np.array(
-        [group.prompt.key.position % every == 0 for group in trained for _ in group.completions], dtype=bool
-    )
+    chosen_R = np.array([_is_kept(group.prompt.key, share) for group in trained for _ in group.completions], dtype=bool)
     rows = [(group, sample) for group in trained for sample in range(len(group.completions))]
     kept = [row for row, chosen in zip(rows, chosen_R, strict=True) if chosen]
     keep_T = np.repeat(chosen_R, lengths_R)

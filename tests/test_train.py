@@ -180,6 +180,14 @@ def test_the_overlong_penalty_enters_the_reward(tmp_path: Path) -> None:
         assert reward == pytest.approx((outcome == "correct") - max(0, tokens - 6) / 6)
 
 
+def test_a_share_of_the_groups_keeps_its_tokens(tmp_path: Path) -> None:
+    folder = run(tmp_path, overrides={"store.tokens": 0.3, "run.steps": 4})
+    groups = rows(folder, "select rollout, position, sum(tokens) from samples group by all order by all")
+    kept = rows(folder, "select rollout, position, count(*) from tokens group by all order by all")
+    assert set(kept) < set(groups)
+    assert 5 <= len(kept) <= 25  # 48 groups at 0.3: four standard deviations around 14.4
+
+
 def test_a_prompt_that_is_too_long_is_left_out_with_an_event(tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text('{"q": "1 2 3", "a": "5"}\n{"q": "1 2 3 4 5 6 7 8 9 10 11 12 13 14", "a": "5"}\n')
