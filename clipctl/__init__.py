@@ -13,17 +13,23 @@ _PUBLIC = {
     "ClipCounts": "algo",
     "pass_at_k": "algo",
     "grade": "rewards",
+    "entropy_ledger": "ledger",
+    "EntropyLedger": "ledger",
     "load_spec": "spec",
     "RunSpec": "spec",
-    "train": "train",
     "open_runs": "store",
     "Runs": "store",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+_MODULES = ("theory", "train")
+"""Public as modules; `clipctl.train` can also be called, see its last lines."""
+
+__all__ = ["__version__", *_MODULES, *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"clipctl.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'clipctl' has no attribute {name!r}")
     return getattr(import_module(f"clipctl.{_PUBLIC[name]}"), name)
