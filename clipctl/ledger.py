@@ -98,18 +98,18 @@ def entropy_ledger(
     """
     kept = torch.broadcast_tensors(logprob, old_logprob, advantages, entropy, expected_q, mask)[-1]  # type: ignore[no-untyped-call]
     logprob, old_logprob, advantages, entropy, expected_q = (
-        tensor.detach().expand(kept.shape)[kept].double()
-        for tensor in (logprob, old_logprob, advantages, entropy, expected_q)
+        tensor.detach().expand(kept.shape)[kept] for tensor in (logprob, old_logprob, advantages, entropy, expected_q)
+    )
+    # The events are those of the clip counts, so they compare the ratio in the dtype that the objective has.
+    ratio = (logprob - old_logprob).exp()
+    x, y = ratio < 1 - eps_low, ratio > 1 + eps_high
+    logprob, advantages, entropy, expected_q, r = (
+        tensor.double() for tensor in (logprob, advantages, entropy, expected_q, ratio)
     )
     size = logprob.numel()
-    w = (
-        weight.detach().expand(kept.shape)[kept].double()
-        if weight is not None
-        else torch.full_like(logprob, 1 / max(size, 1))
-    )
-    r = (logprob - old_logprob).exp()
-    # The events are those of the clip counts, which compare a ratio of the dtype that the objective has.
-    x, y = r < 1 - eps_low, r > 1 + eps_high
+    w = torch.full_like(logprob, 1 / max(size, 1))
+    if weight is not None:
+        w = weight.detach().expand(kept.shape)[kept].double()
     removed_low, removed_high = x & (advantages < 0), y & (advantages > 0)
     q = logprob.exp() * (logprob + entropy)
     effects = {"pg": expected_q - q, "npg": -logprob - entropy}
