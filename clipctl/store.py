@@ -120,19 +120,37 @@ def create_run(runs_dir: Path, name: str, spec_json: str, label: str) -> "RunWri
 
     Making the folder is the lock: of two processes that start one name, one is refused.
     """
+    check_place(runs_dir, name)
     folder = runs_dir / name
     try:
-        runs_dir.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
-    except FileExistsError as error:
-        if Path(error.filename or "") == folder:
-            raise SpecError(
-                f"run.name: {name!r} exists in {runs_dir}; choose another --name, or look at it: clipctl analyze {folder}"
-            ) from None
-        raise StoreError(f"--runs-dir: {runs_dir} is not a folder") from None
+    except FileExistsError:
+        raise _taken(folder) from None
     except OSError as error:
         raise StoreError(f"--runs-dir: {folder} cannot be made: {error.strerror}") from None
     return RunWriter(folder, spec_json, label)
+
+
+def check_place(runs_dir: Path, name: str) -> None:
+    """Makes the runs folder where it is missing, and raises as `create_run` does for a name that exists: cheap enough
+    to ask before a model is loaded."""
+    try:
+        runs_dir.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise StoreError(f"--runs-dir: {runs_dir} is not a folder") from None
+    except OSError as error:
+        raise StoreError(f"--runs-dir: {runs_dir} cannot be made: {error.strerror}") from None
+    if (runs_dir / name).exists():
+        raise _taken(runs_dir / name)
+    if not os.access(runs_dir, os.W_OK | os.X_OK):
+        raise StoreError(f"--runs-dir: {runs_dir} cannot be written")
+
+
+def _taken(folder: Path) -> SpecError:
+    return SpecError(
+        f"run.name: {folder.name!r} exists in {folder.parent}; choose another --name, or look at it: "
+        f"clipctl analyze {folder}"
+    )
 
 
 class RunWriter:

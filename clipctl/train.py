@@ -27,7 +27,7 @@ from clipctl.records import Group, Seconds, pack, rollout_row, sample_columns, t
 from clipctl.rewards import Scorer, grader_of, open_scorer
 from clipctl.rollout import Completion, DrawKey, Problem, Prompt, SamplingParams, minibatches, stream_indices
 from clipctl.spec import RunSpec, spec_json
-from clipctl.store import RunWriter, create_run
+from clipctl.store import RunWriter, check_place, create_run
 from clipctl.tasks import load_problems, task_grader
 
 
@@ -82,6 +82,7 @@ def train(
     measured, with its state: interrupted (Ctrl-C), diverged (non-finite), failed.
     """
     name = spec.run.name or f"{label}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    check_place(Path(runs_dir), name)
     grader = grader_of(spec.reward, task_grader(spec.data))
     problems = load_problems(spec.data, grader=grader)
     check_device(spec.engine.device)
