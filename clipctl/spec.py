@@ -23,7 +23,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 class Group(BaseModel):
@@ -37,7 +37,7 @@ class Group(BaseModel):
 class Run(Group):
     steps: Count = 40
     """Rollouts to run."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Key of every random draw: prompts, samples, random rewards."""
     name: str | None = None
     """Folder name under the runs folder; without one a run gets `<preset>-<date>-<4 hex>`."""

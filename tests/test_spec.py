@@ -48,6 +48,7 @@ def refusal(*layers: dict[str, object]) -> str:
         ({"clip": {"high": math.nan}}, "clip.high: input should be greater than or equal to 0, found nan"),
         ({"clip": {"low": "0.1"}}, "clip.low: input should be a valid number, found '0.1'"),
         ({"run": {"steps": True}}, "run.steps: input should be a valid integer, found True"),
+        ({"run": {"seed": 2**63}}, "run.seed: input should be less than or equal to 9223372036854775807"),
         ({"optim": {"lr": math.inf}}, "optim.lr: input should be a finite number, found inf"),
         (
             {"reward": {"kind": "normal", "wrong": 0.5}},
