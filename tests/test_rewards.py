@@ -417,7 +417,8 @@ def test_workers_are_gone_after_close() -> None:
         assert pool.grade_many("math", ["\\boxed{9^{9^{9^9}}}"], ["4"]) == ["timeout"]
         started |= set(processes_below(os.getpid())) - before
         assert len(started) == 4
-    assert not [process for process in started if process.is_running()]
+    # One that ended and waits for init to take note of it is gone; none may be left below this process, zombies included.
+    assert not [process for process in started if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert set(processes_below(os.getpid())) <= before
 
 
