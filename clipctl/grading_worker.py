@@ -350,6 +350,8 @@ def serve(fd: int, parent: int, workers: int, timeout: int) -> None:
     except (EOFError, OSError):
         return  # the caller is gone
     finally:
+        # The caller closes the pipe and then asks by signal: the second must not cut the first one's cleaning short.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for worker in crew:
             _end(worker)
 
