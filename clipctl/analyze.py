@@ -9,6 +9,7 @@ import json
 import math
 import unicodedata
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +154,8 @@ def _cell(value: Any) -> str:
 
 
 def _json_value(value: Any) -> Any:
+    if isinstance(value, Decimal):  # DuckDB's sums of integers
+        return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
     return value

@@ -1,5 +1,6 @@
 """The command line: parse, call, print. No logic, and nothing heavy is imported before a command needs it."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -171,11 +172,16 @@ def _end(code: int, line: str) -> NoReturn:
 def main() -> NoReturn:
     """Run the command line; user errors become one line on stderr and their exit code."""
     debug = "--debug" in sys.argv
-    # A shell script's background job starts with SIGINT ignored; both signals must end a run cleanly.
+    # A shell script's background job starts with SIGINT ignored; all three signals must end a run cleanly.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         app(args=[argument for argument in sys.argv[1:] if argument != "--debug"])
+    except BrokenPipeError:
+        # Whoever read has enough; what Python would still flush goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except ClipctlError as error:
         if debug:
             raise

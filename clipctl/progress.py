@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def show_progress(steps: int) -> Iterator[Callable[["Report"], None]]:
     """A function that takes each rollout's report and shows it."""
     if not sys.stderr.isatty():
-        yield lambda report: print(plain_line(report), file=sys.stderr, flush=True)
+        yield print_line
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -29,6 +29,12 @@ def show_progress(steps: int) -> Iterator[Callable[["Report"], None]]:
     with Progress(*columns, console=Console(stderr=True), expand=False) as progress:
         task = progress.add_task("starting", total=steps)
         yield lambda report: progress.update(task, completed=report.rollout + 1, description=figures(report))
+
+
+def print_line(report: "Report") -> None:
+    """One line on stderr; a reader of the log that has gone away does not end a run."""
+    with suppress(BrokenPipeError):
+        print(plain_line(report), file=sys.stderr, flush=True)
 
 
 def figures(report: "Report") -> str:

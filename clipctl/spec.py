@@ -23,6 +23,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
@@ -221,7 +222,7 @@ class Optim(Group):
     """Responses of one optimizer step, whole groups only."""
     epochs: Count = 1
     """Passes over a rollout."""
-    betas: Annotated[tuple[Probability, Probability], Field(strict=False)] = (0.9, 0.999)
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01
     grad_clip: Positive = 1.0
@@ -232,7 +233,7 @@ class Engine(Group):
     sampler: Literal["torch"] = "torch"
     trainer: Literal["torch"] = "torch"
     device: Literal["cpu", "cuda"] = "cpu"
-    threads: Count = 1
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """CPU threads of torch; part of the spec, because bit-exactness depends on it."""
     tokens_per_microbatch: Count = 8192
     """Padded tokens of one forward and backward pass."""

@@ -413,7 +413,11 @@ class Runs:
         import duckdb
 
         try:
-            return self.sql(query).to_arrow_table()
+            relation = self.sql(query)
+            twice = [name for name in relation.columns if relation.columns.count(name) > 1]
+            if twice:
+                raise SpecError(f"--sql: two columns are named {twice[0]!r}; rename one with `as`")
+            return relation.to_arrow_table()
         except duckdb.Error as error:
             raise SpecError(f"--sql: {_one_line(error)}") from None
 
@@ -468,8 +472,10 @@ def _read_run(folder: Path) -> tuple[list[tuple[str, "pa.Table"]], list[str], li
 
     problems: list[str] = []
     vanished: list[str] = []
+    # Listed before the store is read: a fold that comes between is then in the store, or leaves a vanished segment.
+    listed = committed_segments(folder)
     rows, held = _read_store(folder, problems)
-    for file in committed_segments(folder):
+    for file in listed:
         table = file.name.split("-")[0]
         if table not in FOLDED or file.name in held:
             continue
@@ -530,9 +536,12 @@ def _create_tables(connection: "duckdb.DuckDBPyConnection") -> None:
 
 
 def _insert_run(connection: "duckdb.DuckDBPyConnection", folder: Path, run_id: str, problems: list[str]) -> None:
-    status = _read_json(folder / "status.json", problems)
+    status = _usable_status(_read_json(folder / "status.json", problems), problems)
     spec_text = _read_text(folder / "spec.json")
     spec = _read_json(folder / "spec.json", problems)
+    if not all(isinstance(spec.get(group, {}), dict) for group in ("clip", "model", "run")):
+        problems.append("spec.json is damaged")
+        spec = {}
     clip = spec.get("clip", {})
     if int(status.get("schema_version", 0)) > SCHEMA_VERSION:
         problems.append(f"status.json has schema {status['schema_version']}, this clipctl reads up to {SCHEMA_VERSION}")
@@ -559,6 +568,21 @@ def _insert_run(connection: "duckdb.DuckDBPyConnection", folder: Path, run_id: s
     connection.execute(f"insert into runs values ({', '.join('?' * len(row))})", row)
     for resume in status.get("resumes", []):
         connection.execute("insert into resumes values (?, ?, ?)", [run_id, resume["attempt"], resume["resumed_at"]])
+
+
+def _usable_status(status: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The status, or nothing and a problem where a field that is read is missing or of the wrong kind."""
+    try:
+        state_of(status)
+        int(status.get("schema_version", 0))
+        for name in ("created_at", "finished_at"):
+            datetime.fromisoformat(status[name] or "2000-01-01")
+        [(int(resume["attempt"]), int(resume["resumed_at"])) for resume in status["resumes"]]
+    except (KeyError, TypeError, ValueError):
+        if status:
+            problems.append("status.json is damaged")
+        return {}
+    return status
 
 
 def state_of(status: Mapping[str, Any]) -> str | None:
@@ -716,11 +740,16 @@ def _lock(connection: "duckdb.DuckDBPyConnection", folders: Sequence[Path]) -> N
 
 def _run_ids(folders: Sequence[Path]) -> list[str]:
     """Folder names, with as many parent folders as tell equal names apart."""
-    names = [folder.name for folder in folders]
-    return [
-        name if names.count(name) == 1 else "/".join(folder.parts[-2:])
-        for name, folder in zip(names, folders, strict=True)
-    ]
+    ids = [folder.name for folder in folders]
+    depth = 1
+    while len(set(ids)) < len(ids):
+        depth += 1
+        twice = {name for name in ids if ids.count(name) > 1}
+        ids = [
+            "/".join(folder.parts[-depth:]) if name in twice else name
+            for name, folder in zip(ids, folders, strict=True)
+        ]
+    return ids
 
 
 def _columns(rows: Sequence[Mapping[str, Any]], schema: Mapping[str, str]) -> dict[str, list[Any]]:

@@ -233,3 +233,24 @@ def test_models_list_names_every_preset_model() -> None:
     listed = clipctl("models", "list").stdout
     for name in ("tiny", "Qwen/Qwen2.5-3B-Instruct", "meta-llama/Llama-3.2-1B-Instruct", "smollm2-135m-instruct"):
         assert name in listed
+
+
+def test_a_log_reader_that_goes_away_does_not_end_a_run(tmp_path: Path) -> None:
+    run = "train --preset tiny --steps 3 --set rollout.prompts=4 --set optim.epochs=1 --name a"
+    command = f"{sys.executable} -m clipctl {run} --runs-dir {tmp_path} 2>&1 | head -1"
+    subprocess.run(["bash", "-c", command], env=ENVIRONMENT, check=False, stdout=subprocess.DEVNULL)
+    assert json.loads((tmp_path / "a" / "status.json").read_text())["state"] == "finished"
+
+
+def test_sums_of_counts_are_numbers_in_json(tmp_path: Path) -> None:
+    small = ["--set", "rollout.prompts=4", "--set", "optim.epochs=1", "--runs-dir", str(tmp_path)]
+    assert clipctl("train", "--preset", "tiny", "--steps", "1", *small).returncode == 0
+    answer = clipctl("analyze", str(tmp_path), "--sql", "select sum(tokens) as n from updates", "--format", "json")
+    assert isinstance(json.loads(answer.stdout)["rows"][0]["n"], int)
+
+
+def test_a_policy_that_is_not_finite_diverges(tmp_path: Path) -> None:
+    done = clipctl("train", "--preset", "tiny", "--steps", "1", "--set", "rollout.prompts=4", "--set",
+                   "rollout.temperature=1e-42", "--runs-dir", str(tmp_path))  # fmt: skip
+    assert done.returncode == 5
+    assert "not finite" in done.stderr.strip().splitlines()[-1]

@@ -430,3 +430,51 @@ def test_a_damaged_journal_is_not_folded_away(writer: RunWriter) -> None:
     writer.close("finished", "")
     assert not (writer.folder / "metrics.duckdb").exists()
     assert len(answers(writer.folder)["rollouts"]) == 2
+
+
+def test_a_fold_while_reading_loses_nothing(writer: RunWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run ends between any two steps of the reader: all its rows are seen."""
+    import clipctl.store as store
+
+    for rollout in range(3):
+        write(writer, rollout)
+    real, calls = store._read_store, [0]
+
+    def read_then_close(*arguments: Any) -> Any:
+        found = real(*arguments)
+        calls[0] += 1
+        if calls[0] == 1:
+            writer.close("finished", "")
+        return found
+
+    monkeypatch.setattr(store, "_read_store", read_then_close)
+    with open_runs(writer.folder) as runs:
+        assert runs.sql("select count(*) from rollouts").fetchall() == [(3,)]
+        assert runs.sql("select problem from runs").fetchall() == [(None,)]
+
+
+def test_names_are_told_apart_at_any_depth(tmp_path: Path) -> None:
+    for folder in ("x/s", "y/s"):
+        create_run(tmp_path / folder, "r", SPEC, "tiny").close("finished", "")
+    with open_runs(tmp_path) as runs:
+        assert runs.sql("select run_id from runs order by 1").fetchall() == [("x/s/r",), ("y/s/r",)]
+
+
+@pytest.mark.parametrize(
+    "status", ['{"state": "running"}', '{"schema_version": "x"}', '{"created_at": "garbage"}', "[]"]
+)
+def test_one_odd_status_is_named_and_stops_nothing(writer: RunWriter, status: str) -> None:
+    create_run(writer.folder.parent, "b", SPEC, "tiny").close("finished", "")
+    writer._closed.set()
+    (writer.folder / "status.json").write_text(status)
+    (writer.folder / "spec.json").write_text('{"clip": [1]}')
+    with open_runs(writer.folder.parent) as runs:
+        problems = dict(runs.sql("select run_id, problem from runs").fetchall())
+    assert problems["b"] is None
+    assert "status.json is damaged" in problems["a"]
+    assert "spec.json is damaged" in problems["a"]
+
+
+def test_columns_of_one_name_are_refused(writer: RunWriter) -> None:
+    with open_runs(writer.folder) as runs, pytest.raises(SpecError, match="two columns are named 'run_id'"):
+        runs.table("select run_id, run_id from runs")

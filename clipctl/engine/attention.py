@@ -26,7 +26,9 @@ def use_grouped_attention(model: Any) -> Any:
     from transformers import AttentionInterface
 
     config: Any = model.config
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+    layers = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if "sliding_attention" in (layers or ()) or (layers is None and window):
         raise ModelError(
             f"model.path: {config.name_or_path} attends over a sliding window, which the torch engine does not do; "
             "use a model with full attention"

@@ -62,6 +62,8 @@ class TorchTrainer:
                 at_T = _flat_places(ends, batch.lengths_R, part)
                 logprob_T[at_T] = statistics.logprob_T.cpu()
                 entropy_T[at_T] = statistics.entropy_T.cpu()
+        if not bool(torch.isfinite(logprob_T).all() and torch.isfinite(entropy_T).all()):
+            raise DivergedError("a log-probability or entropy of this rollout is not finite; the policy is broken")
         return Scores(logprob_T, entropy_T)
 
     def step(self, batch: Batch, rows: range, old: Scores, loss: Loss) -> UpdateResult:
