@@ -14,7 +14,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from hashlib import blake2b
 from pathlib import Path
@@ -257,7 +257,8 @@ class RunWriter:
 
     def _beat(self) -> None:
         while not self._closed.wait(HEARTBEAT_SECONDS / 4):
-            with self._lock:
+            # A disk that is full for a moment must not make a live run look crashed for good.
+            with self._lock, suppress(OSError):
                 if not self._closed.is_set():
                     self._status["heartbeat"] = _now()
                     self._write_status()

@@ -269,6 +269,8 @@ def question_text(row: Row, field: str) -> str:
             raise DataError(f"{row.place}: field {field!r} has {len(said)} messages of role 'user', one is allowed")
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{row.place}: field {field!r} is {_shown(value)}, a question in words is needed")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(f"{row.place}: field {field!r} has half a surrogate pair, which is no text")
     return value
 
 
@@ -351,7 +353,7 @@ def _jsonl_rows(path: Path, columns: list[str]) -> Iterator[Row]:
             place = f"{path}, line {number}"
             try:
                 values = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{place}: not JSON ({error})") from None
             if not isinstance(values, dict):
                 raise DataError(f"{place}: {_shown(values)} is not an object of named fields")

@@ -151,6 +151,9 @@ def test_wrong_usage_is_one_line_and_exit_2(arguments: tuple[str, ...], words: s
         ('{"question": "1 + 1", "answer": "2"}\n{"question": "1 + 2", "answer": ""}\n', "row"),
         ('{"question": "1 + 1", "answer": "two"}\n', "no number"),
         ('{"question": \n', "JSON"),
+        ('{"question": "1 + 1", "answer": ' + "9" * 5000 + "}\n", "not JSON"),
+        ("[" * 100_000 + "\n", "not JSON"),
+        ('{"question": "\\ud800", "answer": "2"}\n', "surrogate"),
     ],
 )
 def test_unusable_data_is_one_line_and_exit_4(rows: str, words: str, tmp_path: Path) -> None:
