@@ -53,6 +53,12 @@ class StoreError(ClipctlError):
     exit_code = 7
 
 
+class AlarmStop(ClipctlError):
+    """An alarm that `run.stop_on` names ended the run; what was measured and the model are kept."""
+
+    exit_code = 8
+
+
 class Interrupted(ClipctlError):
     """The user stopped the run by hand (Ctrl-C); what was measured is kept."""
 

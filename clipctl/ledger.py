@@ -15,10 +15,12 @@ compared as shares, not read as nats. Shapes: any, all the same.
 """
 
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from clipctl.whatif import profile_edges
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,32 +102,90 @@ def entropy_ledger(
     logprob, old_logprob, advantages, entropy, expected_q = (
         tensor.detach().expand(kept.shape)[kept] for tensor in (logprob, old_logprob, advantages, entropy, expected_q)
     )
-    # The events are those of the clip counts, so they compare the ratio in the dtype that the objective has.
-    ratio = (logprob - old_logprob).exp()
-    x, y = ratio < 1 - eps_low, ratio > 1 + eps_high
-    logprob, advantages, entropy, expected_q, r = (
-        tensor.double() for tensor in (logprob, advantages, entropy, expected_q, ratio)
+    x, y = _events(logprob, old_logprob, eps_low, eps_high)
+    r, pg, npg = _effects(logprob, old_logprob, entropy, expected_q)
+    w = 1 / max(r.numel(), 1) if weight is None else weight.detach().expand(kept.shape)[kept].double()
+    wr, advantages = w * r, advantages.double()
+    values_5T = torch.stack([wr * advantages * pg, wr * advantages * npg, wr, wr * pg, wr * npg])
+    events_5T = torch.stack([torch.ones_like(x), x & (advantages < 0), y & (advantages > 0), x, y]).double()
+    pg_sums, npg_sums, mass, x_or_y_pg, x_or_y_npg = (values_5T @ events_5T.T).tolist()
+    return EntropyLedger(
+        Terms(pg_sums[0], -pg_sums[1], -pg_sums[2]),
+        Terms(npg_sums[0], -npg_sums[1], -npg_sums[2]),
+        *(mass[3], x_or_y_pg[3], x_or_y_npg[3]),
+        *(mass[4], x_or_y_pg[4], x_or_y_npg[4]),
     )
-    size = logprob.numel()
-    w = torch.full_like(logprob, 1 / max(size, 1))
-    if weight is not None:
-        w = weight.detach().expand(kept.shape)[kept].double()
-    removed_low, removed_high = x & (advantages < 0), y & (advantages > 0)
-    q = logprob.exp() * (logprob + entropy)
-    effects = {"pg": expected_q - q, "npg": -logprob - entropy}
-    terms = {
-        name: Terms(
-            reward=float((w * advantages * r * effect).sum()),
-            clip_low=-float((w * advantages * r * effect)[removed_low].sum()),
-            clip_high=-float((w * advantages * r * effect)[removed_high].sum()),
-        )
-        for name, effect in effects.items()
-    }
-    masses = {
-        event: [float((w * r * value)[inside].sum()) for value in (torch.ones_like(r), effects["pg"], effects["npg"])]
-        for event, inside in (("x", x), ("y", y))
-    }
-    return EntropyLedger(terms["pg"], terms["npg"], *masses["x"], *masses["y"])
+
+
+@dataclass(frozen=True, slots=True)
+class RatioProfile:
+    """The histogram of the ratio by the sign of the advantage that `clipctl.whatif` reads; those of several parts add up.
+
+    low_edges, high_edges: ascending ratios below and above 1. sums_3BC: float64, signs (-, 0, +) × bins × (tokens,
+    Σ w·|A|·e for PG, for NPG); bins: below each low edge and from the last one on to 1, exactly 1, then above.
+    """
+
+    low_edges: tuple[float, ...]
+    high_edges: tuple[float, ...]
+    sums_3BC: Tensor
+
+    def __add__(self, other: Self) -> "RatioProfile":
+        assert (self.low_edges, self.high_edges) == (other.low_edges, other.high_edges)
+        return RatioProfile(self.low_edges, self.high_edges, self.sums_3BC + other.sums_3BC)
+
+    def columns(self) -> dict[str, Any]:
+        """One row for each bin that holds a token, as columns of numpy arrays."""
+        signs, bins = torch.nonzero(self.sums_3BC[:, :, 0], as_tuple=True)
+        edges = torch.tensor([0.0, *self.low_edges, *self.high_edges, float("inf")], dtype=torch.float64)
+        rows_NC = self.sums_3BC[signs, bins]
+        return {
+            "advantage_sign": (signs - 1).numpy(),
+            "ratio_from": edges[bins].numpy(),
+            "ratio_to": edges[bins + 1].numpy(),
+            "tokens": rows_NC[:, 0].long().numpy(),
+            "pg": rows_NC[:, 1].numpy(),
+            "npg": rows_NC[:, 2].numpy(),
+        }
+
+
+def ratio_profile(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    advantages_T: Tensor,
+    entropy_T: Tensor,
+    expected_q_T: Tensor,
+    weight_T: Tensor,
+    *,
+    eps_low: float,
+    eps_high: float,
+) -> RatioProfile:
+    """The profile of sampled tokens, arguments as in `entropy_ledger`; ε in force are edges."""
+    low, high = profile_edges(eps_low, eps_high)
+    ratio_T = (logprob_T - old_logprob_T).exp()
+    edges = torch.tensor([*low, *high], dtype=ratio_T.dtype, device=ratio_T.device)
+    bins_T = torch.bucketize(ratio_T, edges[: len(low)], right=True) + torch.bucketize(ratio_T, edges[len(low) :])
+    size = len(low) + len(high) + 1
+    r, pg, npg = _effects(logprob_T, old_logprob_T, entropy_T, expected_q_T)
+    pull_T = weight_T.double() * advantages_T.double().abs() * r
+    values_TC = torch.stack([torch.ones_like(r), pull_T * pg, pull_T * npg], 1)
+    place_T = (advantages_T.sign().long() + 1) * size + bins_T
+    sums = values_TC.new_zeros(3 * size, 3).index_add_(0, place_T, values_TC)
+    return RatioProfile(tuple(low), tuple(high), sums.view(3, size, 3).cpu())
+
+
+def _events(logprob: Tensor, old_logprob: Tensor, eps_low: float, eps_high: float) -> tuple[Tensor, Tensor]:
+    """X and Y; those of the clip counts, so they compare the ratio in the dtype that the objective has."""
+    ratio = (logprob - old_logprob).exp()
+    return ratio < 1 - eps_low, ratio > 1 + eps_high
+
+
+def _effects(
+    logprob: Tensor, old_logprob: Tensor, entropy: Tensor, expected_q: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """r, E[Q] - Q(a) and -log π(a) - H of every token, float64."""
+    logprob, entropy = logprob.double(), entropy.double()
+    surprise = logprob + entropy
+    return (logprob - old_logprob.double()).exp(), expected_q.double() - logprob.exp() * surprise, -surprise
 
 
 def _ratio(total: float, mass: float) -> float:

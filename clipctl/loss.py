@@ -1,23 +1,38 @@
-"""From the statistics of one micro-batch to its share of the loss, and to the sums that the store keeps.
+"""From the statistics of one micro-batch to its share of the loss, and to the sums that the store keeps of an update.
 
 Everything here adds up: the weights are fixed over the whole optimizer batch before it is split, so any split gives
-the same gradient, and sums of micro-batches (and ranks) are the sums of the batch.
+the same gradient, and sums of parts (and ranks) are the sums of the batch. Dimension letters as in `clipctl.rollout`.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from clipctl.algo import OBJECTIVES, ClipCounts
-from clipctl.spec import RunSpec
+from clipctl.ledger import EntropyLedger, RatioProfile, entropy_ledger, ratio_profile
 
 
 @dataclass(frozen=True, slots=True)
-class LossSums:
-    """Sums over the tokens of a micro-batch, or of several added up.
+class UpdateTokens:
+    """Response tokens of an optimizer batch, flat: statistics under the policy before the step, and what weighs them.
+
+    logprob_T, old_logprob_T: log π(y), log π_old(y). entropy_T, expected_q_T: H and E_π[Q]. float32; advantages_T,
+    weights_T: float64.
+    """
+
+    logprob_T: Tensor
+    entropy_T: Tensor
+    expected_q_T: Tensor
+    old_logprob_T: Tensor
+    advantages_T: Tensor
+    weights_T: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateSums:
+    """Sums over the tokens of an update, or of several parts of one added up.
 
     loss: -Σ w·objective. entropy: Σ H, nats. kl: Σ (r - 1 - log r), an unbiased estimate of KL(π_old ‖ π) times tokens.
     log_ratio_max: largest |log r|.
@@ -28,48 +43,69 @@ class LossSums:
     kl: float
     log_ratio_max: float
     counts: ClipCounts
+    ledger: EntropyLedger
+    profile: RatioProfile
 
-    def __add__(self, other: Self) -> "LossSums":
-        return LossSums(
+    def __add__(self, other: Self) -> "UpdateSums":
+        return UpdateSums(
             self.loss + other.loss,
             self.entropy + other.entropy,
             self.kl + other.kl,
             max(self.log_ratio_max, other.log_ratio_max),
             self.counts + other.counts,
+            self.ledger + other.ledger,
+            self.profile + other.profile,
         )
 
 
-def policy_loss(
-    logprob_T: Tensor,
-    entropy_T: Tensor,
-    old_logprob_T: Tensor,
-    advantages_T: Tensor,
-    weights_T: Tensor,
-    *,
-    objective: str,
-    eps_low: float,
-    eps_high: float,
-) -> tuple[Tensor, LossSums]:
-    """-Σ_t w_t · objective_t over the tokens of one micro-batch, to be minimised, and its sums.
+@dataclass(frozen=True, slots=True)
+class PolicyLoss:
+    """The loss of a rollout's updates: the objective's name in `algo.OBJECTIVES`, and the ε in force."""
 
-    advantages_T: of each token's response. weights_T: w_t of the whole optimizer batch (design: loss weight).
-    """
-    mask_T = torch.ones_like(logprob_T, dtype=torch.bool)
-    objective_T, counts = OBJECTIVES[objective](
-        logprob_T, old_logprob_T, advantages_T, mask_T, eps_low=eps_low, eps_high=eps_high
-    )
-    loss = -(weights_T * objective_T).sum()
-    log_ratio_T = (logprob_T.detach() - old_logprob_T).double()
-    sums = LossSums(
-        loss=float(loss.detach()),
-        entropy=float(entropy_T.detach().sum(dtype=torch.float64)),
-        kl=float((torch.expm1(log_ratio_T) - log_ratio_T).sum()),
-        log_ratio_max=float(log_ratio_T.abs().max()),
-        counts=counts,
-    )
-    return loss, sums
+    objective: str
+    eps_low: float
+    eps_high: float
 
+    def __call__(
+        self, logprob_T: Tensor, old_logprob_T: Tensor, advantages_T: Tensor, weights_T: Tensor
+    ) -> tuple[Tensor, ClipCounts]:
+        """-Σ_t w_t · objective_t over the tokens of one micro-batch, to be minimised, and its counts.
 
-def spec_loss(spec: RunSpec) -> "partial[tuple[Tensor, LossSums]]":
-    """The loss that the spec names."""
-    return partial(policy_loss, objective=spec.loss.objective, eps_low=spec.clip.low, eps_high=spec.clip.high)
+        advantages_T: of each token's response. weights_T: w_t of the whole optimizer batch (design: loss weight).
+        """
+        mask_T = torch.ones_like(logprob_T, dtype=torch.bool)
+        objective_T, counts = OBJECTIVES[self.objective](
+            logprob_T, old_logprob_T, advantages_T, mask_T, eps_low=self.eps_low, eps_high=self.eps_high
+        )
+        return -(weights_T * objective_T).sum(), counts
+
+    def sums(self, loss: float, counts: ClipCounts, tokens: UpdateTokens) -> UpdateSums:
+        """What the store keeps of the tokens of an optimizer batch."""
+        log_ratio_T = (tokens.logprob_T - tokens.old_logprob_T).double()
+        given = (tokens.logprob_T, tokens.old_logprob_T, tokens.advantages_T, tokens.entropy_T, tokens.expected_q_T)
+        low, high, weights_T = self.eps_low, self.eps_high, tokens.weights_T
+        mask_T = torch.ones_like(log_ratio_T, dtype=torch.bool)
+        return UpdateSums(
+            loss=loss,
+            entropy=float(tokens.entropy_T.sum(dtype=torch.float64)),
+            kl=float((torch.expm1(log_ratio_T) - log_ratio_T).sum()),
+            log_ratio_max=float(log_ratio_T.abs().max()),
+            counts=counts,
+            ledger=entropy_ledger(*given, mask_T, eps_low=low, eps_high=high, weight=weights_T),
+            profile=ratio_profile(*given, weights_T, eps_low=low, eps_high=high),
+        )
+
+    def pull(
+        self, logprob_T: Tensor, old_logprob_T: Tensor, advantages_T: Tensor, weights_T: Tensor
+    ) -> dict[str, Tensor]:
+        """The objective's gradient by log π in three parts that add up to it: as if nothing were clipped (reward), and
+        what the active clip-low and clip-high events took away."""
+        ratio_T = (logprob_T - old_logprob_T).exp()
+        reward_T = weights_T * advantages_T * (ratio_T if self.objective == "clip" else 1.0)
+        low_T = (ratio_T < 1 - self.eps_low) & (advantages_T < 0)
+        high_T = (ratio_T > 1 + self.eps_high) & (advantages_T > 0)
+        return {
+            "reward": reward_T,
+            "clip_low": torch.where(low_T, -reward_T, 0.0),
+            "clip_high": torch.where(high_T, -reward_T, 0.0),
+        }

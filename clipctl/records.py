@@ -7,9 +7,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clipctl.alarms import RolloutFacts
 from clipctl.engine import Scores, UpdateResult
+from clipctl.ledger import EntropyLedger
+from clipctl.loss import PolicyLoss
 from clipctl.rollout import Batch, Completion, DrawKey, Problem, Prompt, keyed_rng
 from clipctl.spec import RunSpec
+from clipctl.store import MASSES, NETWORK
+
+Columns = Mapping[str, Sequence[Any] | NDArray[Any]]
+"""Values of a table by column."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,19 +123,34 @@ def _scored_sums(trained: Sequence[Group], old: Scores) -> dict[str, Any]:
     }
 
 
-def update_row(spec: RunSpec, inner_step: int, responses: int, result: UpdateResult) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One optimizer step as it is stored: its responses, the ε in force, what it returned."""
+
+    responses: int
+    loss: PolicyLoss
+    result: UpdateResult
+
+
+def update_columns(updates: Sequence[Update], lr: float) -> Columns:
+    """The `updates` rows, by column."""
+    return _by_column([update_row(step, update, lr) for step, update in enumerate(updates)])
+
+
+def update_row(inner_step: int, update: Update, lr: float) -> dict[str, Any]:
     """One `updates` row."""
-    counts = result.sums.counts
+    sums = update.result.sums
+    counts, ledger = sums.counts, sums.ledger
     return {
         "inner_step": inner_step,
-        "loss": result.sums.loss,
-        "grad_norm": result.grad_norm,
-        "lr": spec.optim.lr,
-        "responses": responses,
+        "loss": sums.loss,
+        "grad_norm": update.result.grad_norm,
+        "lr": lr,
+        "responses": update.responses,
         "tokens": int(counts.tokens),
         "tokens_advantage": int(counts.tokens_advantage),
-        "eps_low": spec.clip.low,
-        "eps_high": spec.clip.high,
+        "eps_low": update.loss.eps_low,
+        "eps_high": update.loss.eps_high,
         "clip_low": int(counts.clip_low),
         "clip_high": int(counts.clip_high),
         "ratio_low": int(counts.ratio_low),
@@ -136,10 +158,100 @@ def update_row(spec: RunSpec, inner_step: int, responses: int, result: UpdateRes
         "ratio_sum": float(counts.ratio_sum),
         "ratio_min": float(counts.ratio_min),
         "ratio_max": float(counts.ratio_max),
-        "kl_sum": result.sums.kl,
-        "noise_max": result.sums.log_ratio_max if inner_step == 0 else None,
-        "entropy_token_sum": result.sums.entropy,
+        "kl_sum": sums.kl,
+        "noise_max": sums.log_ratio_max if inner_step == 0 else None,
+        "entropy_token_sum": sums.entropy,
+        **{f"pg_{name}": getattr(ledger.pg, name) for name in ("reward", "clip_low", "clip_high")},
+        **{f"npg_{name}": getattr(ledger.npg, name) for name in ("reward", "clip_low", "clip_high")},
+        **_masses(ledger),
     }
+
+
+def _masses(ledger: EntropyLedger, prefix: str = "") -> dict[str, float]:
+    return {f"{prefix}{name}": getattr(ledger, name) for name in MASSES}
+
+
+def histogram_columns(updates: Sequence[Update]) -> Columns:
+    """The `histograms` rows of all updates, by column; bins without a token have none."""
+    parts = [update.result.sums.profile.columns() for update in updates]
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+    sizes = [len(part["tokens"]) for part in parts]
+    return {"inner_step": np.repeat(np.arange(len(parts)), sizes), **columns}
+
+
+def probe_columns(updates: Sequence[Update]) -> Columns:
+    """The `probes` rows, by column: one for each update that was probed."""
+    rows = [(step, update.result.probe) for step, update in enumerate(updates) if update.result.probe is not None]
+    return _by_column(
+        [
+            {
+                "inner_step": step,
+                "states": probe.states,
+                "entropy_before_sum": probe.entropy_before,
+                "entropy_after_sum": probe.entropy_after,
+                **_masses(probe.exact, "exact_"),
+                **_masses(probe.sampled, "sampled_"),
+                **{f"network_{name}": (probe.network or {}).get(name) for name in NETWORK},
+            }
+            for step, probe in rows
+        ]
+    )
+
+
+QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
+
+
+def noise_columns(log_ratios: Mapping[str, NDArray[np.float64]]) -> Columns:
+    """The `noise` rows, by column: quantiles of log r and of |log r| for each source of noise."""
+    return _by_column(
+        [
+            {
+                "source": source,
+                "quantile": quantile,
+                "log_ratio": float(np.quantile(values_T, quantile)),
+                "abs_log_ratio": float(np.quantile(np.abs(values_T), quantile)),
+            }
+            for source, values_T in log_ratios.items()
+            for quantile in QUANTILES
+        ]
+    )
+
+
+def rollout_tables(
+    spec: RunSpec, sampled: Sequence[Group], trained: Sequence[Group], old: Scores | None, updates: Sequence[Update]
+) -> dict[str, Columns]:
+    """Everything but the `rollouts` row that the store keeps of a rollout: table → column → values."""
+    samples = sample_columns(sampled, trained, old)
+    texts = {name: samples[name] for name in ("position", "sample", "text")}
+    tables: dict[str, Columns | None] = {
+        "updates": update_columns(updates, spec.optim.lr),
+        "histograms": histogram_columns(updates),
+        "probes": probe_columns(updates),
+        "samples": {name: values for name, values in samples.items() if name != "text"},
+        "texts": texts if spec.store.texts else None,
+        "tokens": token_columns(trained, old, spec.store.tokens),
+    }
+    return {table: columns for table, columns in tables.items() if columns and len(next(iter(columns.values())))}
+
+
+def rollout_facts(rollout: int, row: Mapping[str, Any], updates: Sequence[Update], spec: RunSpec) -> RolloutFacts:
+    """What alarms look at."""
+    counts = [update.result.sums.counts for update in updates]
+    loss = updates[-1].loss if updates else None
+    on = loss is not None and (loss.eps_low < 1 or loss.eps_high < float("inf"))
+    return RolloutFacts(
+        rollout=rollout,
+        entropy=row["entropy_response_sum"] / row["responses_scored"] if row["responses_scored"] else None,
+        groups=row["prompts"],
+        groups_zero_advantage=row["groups_zero_advantage"],
+        clipped=sum(int(count.clip_low) + int(count.clip_high) for count in counts),
+        clippable=on and len(updates) > 1 and spec.loss.objective == "clip",
+        **{name: sum(getattr(update.result.sums.ledger, name) for update in updates) for name in MASSES},
+    )
+
+
+def _by_column(rows: Sequence[Mapping[str, Any]]) -> Columns:
+    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
 
 
 def sample_columns(sampled: Sequence[Group], trained: Sequence[Group], old: Scores | None) -> dict[str, Sequence[Any]]:
@@ -175,9 +287,7 @@ def _is_kept(key: DrawKey, share: str | float) -> bool:
     return share == "all" or bool(keyed_rng(key.seed, "tokens", key.rollout, key.position).random() < float(share))
 
 
-def token_columns(
-    trained: Sequence[Group], old: Scores | None, share: str | float
-) -> Mapping[str, Sequence[Any]] | None:
+def token_columns(trained: Sequence[Group], old: Scores | None, share: str | float) -> Columns | None:
     """The `tokens` rows, by column, of all trained groups or of an expected share of them, drawn by their keys."""
     if old is None or share == "none":
         return None

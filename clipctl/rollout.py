@@ -129,3 +129,19 @@ def microbatches(lengths: Sequence[int], rows: Sequence[int], tokens_per_microba
         else:
             layout.append([row])
     return layout
+
+
+def spread_states(lengths_R: NDArray[np.int64], states: int, key: DrawKey) -> list[tuple[int, int]]:
+    """(response, token) of `states` tokens, or of all where there are fewer, spread over the responses, sorted.
+
+    Round after round every response, in an order drawn by the key, gives one token of its own that it has not given
+    yet; so no response gives two tokens while another one with tokens left has given none.
+    """
+    rng = keyed_rng(key.seed, "probe", key.rollout, key.position)
+    order_R = rng.permutation(len(lengths_R))
+    turns = [
+        (turn, place, token)
+        for place, row in enumerate(order_R)
+        for turn, token in enumerate(rng.permutation(lengths_R[row]))
+    ]
+    return sorted((int(order_R[place]), int(token)) for _, place, token in sorted(turns)[:states])

@@ -27,6 +27,9 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
+Alarm = Literal["collapse", "explosion", "inequality", "no_clipping", "no_advantage"]
+
+
 class Group(BaseModel):
     """A closed, frozen group of keys."""
 
@@ -42,6 +45,8 @@ class Run(Group):
     """Key of every random draw: prompts, samples, random rewards."""
     name: str | None = None
     """Folder name under the runs folder; without one a run gets `<preset>-<date>-<4 hex>`."""
+    stop_on: Annotated[tuple[Alarm, ...], Field(strict=False)] = ()
+    """Alarms that end the run, cleanly and with exit code 8; the others are only told."""
 
     @model_validator(mode="after")
     def _name_is_a_folder_name(self) -> Self:
@@ -216,8 +221,10 @@ class Loss(Group):
 
 
 class Optim(Group):
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """`adamw`; `sgd`: plain gradient ascent, the step of the theorems."""
     lr: Positive = 1e-6
-    """Constant learning rate of AdamW."""
+    """Constant learning rate."""
     responses_per_update: Count = 256
     """Responses of one optimizer step, whole groups only."""
     epochs: Count = 1
@@ -227,6 +234,13 @@ class Optim(Group):
     weight_decay: NonNegative = 0.01
     grad_clip: Positive = 1.0
     """Largest norm of the gradient; larger ones are scaled down to it."""
+
+    @model_validator(mode="after")
+    def _sgd_has_no_moments(self) -> Self:
+        for name in ("betas", "eps"):
+            if self.optimizer == "sgd" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} = {getattr(self, name)} has no effect with optimizer = 'sgd'")
+        return self
 
 
 class Engine(Group):
@@ -250,6 +264,56 @@ class Eval(Group):
     k: Count = 8
     temperature: NonNegative = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+
+
+class Ledger(Group):
+    """What is measured beside the sums that every update stores."""
+
+    probe_states: Annotated[int, Field(ge=0, le=2**20)] = 256
+    """States of each rollout whose whole distribution is kept and compared, spread over the responses; 0: none."""
+    probe_every: Count = 16
+    """Every N-th update of a rollout is probed, counted back from its last one."""
+    network_every: Annotated[int, Field(ge=0)] = 0
+    """At every N-th update, counted back from the last, the change of entropy is predicted through the network; 0: never."""
+
+    @model_validator(mode="after")
+    def _network_needs_states(self) -> Self:
+        if self.network_every and not self.probe_states:
+            raise ValueError(f"network_every = {self.network_every} needs probe_states above 0")
+        return self
+
+
+class Control(Group):
+    """The controller, which sets one ε at the end of each rollout so that entropy goes to a target."""
+
+    target_entropy: Literal["initial"] | Positive | None = None
+    """Entropy to hold, nats, or that of the first rollout; none: no control."""
+    actuator: Literal["eps_low", "eps_high"] = "eps_low"
+    """The ε that is moved; the other one stays as `clip` has it."""
+    bounds: Annotated[tuple[Positive, Positive], Field(strict=False)] = (0.01, 0.9)
+    """Smallest and largest ε."""
+    gain: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Share of the distance to the target that one rollout is asked to cover."""
+    integral: NonNegative = 0.1
+    """Change of log ε a rollout for each unit of (entropy - target) / target."""
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        low, high = self.bounds
+        if low >= high or (self.actuator == "eps_low" and high > 1):
+            raise ValueError(f"bounds = {self.bounds}: two ascending numbers, for eps_low up to 1")
+        return self
+
+
+class Alarms(Group):
+    """When a run raises which alarm; `run.stop_on` names those that end it."""
+
+    window: Count = 3
+    """Rollouts in a row for which collapse, explosion and a failing inequality must last."""
+    collapse: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Collapse: entropy under this part of the first rollout's."""
+    explosion: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0
+    """Explosion: entropy over this multiple of the first rollout's."""
 
 
 class Checkpoint(Group):
@@ -277,6 +341,9 @@ class RunSpec(Group):
     optim: Optim = Optim()
     engine: Engine = Engine()
     eval: Eval = Eval()
+    ledger: Ledger = Ledger()
+    control: Control = Control()
+    alarms: Alarms = Alarms()
     checkpoint: Checkpoint = Checkpoint()
     store: Store = Store()
 
@@ -303,12 +370,26 @@ class RunSpec(Group):
                 f"optim.responses_per_update = {size} does not divide the {self.responses} responses of a rollout "
                 f"(rollout.prompts = {self.rollout.prompts} × rollout.group_size = {group})"
             )
+        if self.control.target_entropy is not None:
+            self._check_control()
         if self.loss.objective == "reinforce" and self.updates_per_rollout != 1:
             raise ValueError(
                 f"loss.objective = 'reinforce' is unbiased for one update a rollout only, here are "
                 f"{self.updates_per_rollout}: set optim.responses_per_update = {self.responses} and optim.epochs = 1"
             )
         return self
+
+    def _check_control(self) -> None:
+        name = self.control.actuator.removeprefix("eps_")
+        start, (low, high) = getattr(self.clip, name), self.control.bounds
+        if not low <= start <= high:
+            raise ValueError(
+                f"clip.{name} = {start} is where control begins: it must lie in control.bounds = {low}, {high}"
+            )
+        if self.updates_per_rollout == 1:
+            raise ValueError(
+                "control.target_entropy: with one update a rollout nothing clips, so no ε controls anything"
+            )
 
 
 def preset_names() -> list[str]:

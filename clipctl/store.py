@@ -27,10 +27,23 @@ if TYPE_CHECKING:
     import duckdb
     import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: the ledger (columns of updates; histograms, probes, noise). What version 1 has not is NULL or empty."""
 HEARTBEAT_SECONDS = 120.0
 """A run that says `running` and has not been heard of for this long has crashed."""
 
+TERMS = ("pg_reward", "pg_clip_low", "pg_clip_high", "npg_reward", "npg_clip_low", "npg_clip_high")
+MASSES = ("x_mass", "x_pg", "x_npg", "y_mass", "y_pg", "y_npg")
+LEDGER = (*TERMS, *MASSES)
+"""The entropy ledger's columns in `updates`."""
+NETWORK = ("total", "reward", "clip_low", "clip_high", "momentum", "decay")
+"""Parts of the change of entropy as predicted through the network."""
+GAPS = {
+    f"gap{number}_{side}": (f"{event}_{algorithm}", f"{event}_mass")
+    for number, algorithm in ((7, "pg"), (8, "npg"))
+    for side, event in (("low", "x"), ("high", "y"))
+}
+"""The left sides of inequalities (7) and (8): a sum and the mass it is divided by."""
 _KEYS = {"run_id": "string", "attempt": "int32"}
 TABLES: dict[str, dict[str, str]] = {
     "rollouts": {
@@ -80,6 +93,33 @@ TABLES: dict[str, dict[str, str]] = {
         "kl_sum": "float64",
         "noise_max": "float64",
         "entropy_token_sum": "float64",
+        **dict.fromkeys(LEDGER, "float64"),
+    },
+    "histograms": {
+        "rollout": "int64",
+        "inner_step": "int64",
+        "advantage_sign": "int32",
+        "ratio_from": "float64",
+        "ratio_to": "float64",
+        "tokens": "int64",
+        "pg": "float64",
+        "npg": "float64",
+    },
+    "probes": {
+        "rollout": "int64",
+        "inner_step": "int64",
+        "states": "int64",
+        "entropy_before_sum": "float64",
+        "entropy_after_sum": "float64",
+        **{f"{kind}_{name}": "float64" for kind in ("exact", "sampled") for name in MASSES},
+        **{f"network_{name}": "float64" for name in NETWORK},
+    },
+    "noise": {
+        "rollout": "int64",
+        "source": "string",
+        "quantile": "float64",
+        "log_ratio": "float64",
+        "abs_log_ratio": "float64",
     },
     "samples": {
         "rollout": "int64",
@@ -109,8 +149,10 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "events": {"time": "timestamp", "rollout": "int64", "kind": "string", "message": "string", "data": "string"},
 }
-FOLDED = ("rollouts", "updates", "samples", "events")
-"""Tables that move into metrics.duckdb; texts and tokens stay Parquet shards."""
+FOLDED = ("rollouts", "updates", "samples", "probes", "noise", "events")
+"""Tables that move into metrics.duckdb."""
+SHARDS = ("texts", "tokens", "histograms")
+"""Tables that stay Parquet shards, read when a query asks for them."""
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
@@ -189,25 +231,11 @@ class RunWriter:
             self._write_status()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
-    def write_rollout(
-        self,
-        rollout: int,
-        row: Mapping[str, Any],
-        updates: Sequence[Mapping[str, Any]],
-        samples: Mapping[str, Sequence[Any]],
-        tokens: Mapping[str, Sequence[Any]] | None,
-        *,
-        texts: bool = True,
-    ) -> None:
-        """Commits one rollout: all segments, the `rollouts` row last."""
+    def write_rollout(self, rollout: int, row: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> None:
+        """Commits one rollout: the segments of `tables` (table → column → values), then the `rollouts` row."""
         with self._disk():
-            self._segment("updates", rollout, _columns(updates, TABLES["updates"]))
-            numbers = {name: values for name, values in samples.items() if name != "text"}
-            self._segment("samples", rollout, numbers)
-            if texts:
-                self._segment("texts", rollout, {name: samples[name] for name in ("position", "sample", "text")})
-            if tokens is not None:
-                self._segment("tokens", rollout, tokens)
+            for table, columns in tables.items():
+                self._segment(table, rollout, columns)
             self._segment("rollouts", rollout, {name: [value] for name, value in row.items()})
             with self._lock:
                 self._status |= {"rollouts": rollout + 1, "heartbeat": _now()}
@@ -266,11 +294,9 @@ class RunWriter:
     def _write_status(self) -> None:
         _write_whole(self.folder / "status.json", json.dumps(self._status, indent=2).encode())
 
-    def _segment(
-        self, table: str, number: int, columns: Mapping[str, Sequence[Any]], *, fill_rollout: bool = True
-    ) -> None:
+    def _segment(self, table: str, number: int, columns: Mapping[str, Any], *, fill_rollout: bool = True) -> None:
         rows = max((len(values) for values in columns.values()), default=0)
-        keys: dict[str, Sequence[Any]] = {"run_id": [self.folder.name] * rows, "attempt": [self.attempt] * rows}
+        keys: dict[str, Any] = {"run_id": [self.folder.name] * rows, "attempt": [self.attempt] * rows}
         if fill_rollout:
             keys["rollout"] = [number] * rows
         stem = f"{table}-{self.attempt:03d}-{number:06d}"
@@ -288,7 +314,7 @@ class RunWriter:
             raise StoreError(f"{self.folder}: {error}; earlier rollouts are kept") from None
 
 
-def write_segment(journal: Path, stem: str, table: str, columns: Mapping[str, Sequence[Any]]) -> None:
+def write_segment(journal: Path, stem: str, table: str, columns: Mapping[str, Any]) -> None:
     """One Parquet segment, complete or absent, `<stem>-<digest of the content>.parquet`. Raises OSError.
 
     The digest is in the name because page checksums do not cover the headers of pages and of the file.
@@ -512,7 +538,10 @@ def _read_store(folder: Path, problems: list[str]) -> tuple[list[tuple[str, "pa.
             if version > SCHEMA_VERSION:
                 problems.append(f"metrics.duckdb has schema {version}, this clipctl reads up to {SCHEMA_VERSION}")
                 return [], set()
-            rows = [(table, store.sql(f"select * from {table}").to_arrow_table()) for table in FOLDED]
+            tables = {name for (name,) in store.execute("select table_name from duckdb_tables()").fetchall()}
+            rows = [
+                (table, store.sql(f"select * from {table}").to_arrow_table()) for table in FOLDED if table in tables
+            ]
             return rows, {name for (name,) in store.execute("select name from segments").fetchall()}
     except (duckdb.Error, OSError) as error:
         problems.append(f"metrics.duckdb is damaged ({_one_line(error)})")
@@ -599,8 +628,8 @@ def state_of(status: Mapping[str, Any]) -> str | None:
 
 
 def _create_shard_views(connection: "duckdb.DuckDBPyConnection", folders: Sequence[Path], ids: Sequence[str]) -> None:
-    """`texts` and `tokens` straight from their Parquet shards, which are too large to load."""
-    for table in ("texts", "tokens"):
+    """The shards straight from their Parquet files, which are too large to load."""
+    for table in SHARDS:
         parts = []
         for run_id, folder in zip(ids, folders, strict=True):
             files = [file for file in committed_segments(folder) if file.name.startswith(f"{table}-")]
@@ -655,8 +684,46 @@ VIEWS: dict[str, str] = {
         ratio_high / nullif(tokens, 0) as ratio_high_fraction,
         ratio_sum / nullif(tokens, 0) as ratio_mean,
         kl_sum / nullif(tokens, 0) as kl,
+        {", ".join(LEDGER)},
+        pg_reward + pg_clip_low + pg_clip_high as pg_total,
+        npg_reward + npg_clip_low + npg_clip_high as npg_total,
+        {", ".join(f"{total} / nullif({mass}, 0) as {gap}" for gap, (total, mass) in GAPS.items())},
         ratio_sum, kl_sum, entropy_token_sum
         from {_current("updates")}""",
+    "histograms": f"create view histograms as select * from {_current('histograms')}",
+    "probes": f"""create view probes as select
+        p.run_id, p.attempt, p.rollout, p.inner_step, states,
+        entropy_before_sum / states as entropy_before, entropy_after_sum / states as entropy_after,
+        (entropy_after_sum - entropy_before_sum) / states as entropy_change,
+        {", ".join(f"network_{name}" for name in NETWORK)},
+        u.pg_total as ledger_pg, u.npg_total as ledger_npg,
+        {
+        ", ".join(
+            f"{kind}_{total} / nullif({kind}_{mass}, 0) as {kind}_{gap}"
+            for kind in ("exact", "sampled")
+            for gap, (total, mass) in GAPS.items()
+        )
+    },
+        {
+        ", ".join(
+            f"{kind}_{event}_mass / states as {kind}_{letter}"
+            for kind in ("exact", "sampled")
+            for event, letter in (("x", "p"), ("y", "q"))
+        )
+    },
+        {", ".join(f"{kind}_{name}" for kind in ("exact", "sampled") for name in MASSES)},
+        entropy_before_sum, entropy_after_sum
+        from {_current("probes")} as p left join updates as u using (run_id, attempt, rollout, inner_step)""",
+    "predictions": "create view predictions as "
+    + " union all ".join(
+        f"""select run_id, '{name}' as predictor, count({name}) as probed,
+        avg((sign({name}) = sign(entropy_change))::int) filter ({name} is not null) as sign_agreement,
+        case when isnan(corr(entropy_change, {name})) then null else corr(entropy_change, {name}) end as correlation,
+        case when isnan(regr_slope(entropy_change, {name})) then null else regr_slope(entropy_change, {name}) end as slope
+        from probes group by run_id having count({name}) > 0"""
+        for name in ("ledger_pg", "ledger_npg", "network_total")
+    ),
+    "noise": f"create view noise as select * from {_current('noise')}",
     "texts": f"create view texts as select * from {_current('texts')}",
     "samples": f"""create view samples as select s.*, x.text from {_current("samples")} as s
         left join raw_texts as x using (run_id, attempt, rollout, position, sample)""",
@@ -719,6 +786,68 @@ METRICS: dict[str, str] = {
     "kl_sum": "Σ (r - 1 - log r), tokens from π_old: estimates KL(π_old ‖ π)",
     "kl": "kl_sum / tokens",
     "noise_max": "largest |log r| at inner step 0, NULL at others",
+    "pg_reward": "Σ w A e, e = r (E[Q] - Q(a)): the pull on entropy of a policy-gradient step as if nothing were clipped",
+    "pg_clip_low": "-Σ w A e over clip_low tokens: what clip-low took away of it",
+    "pg_clip_high": "-Σ w A e over clip_high tokens: what clip-high took away",
+    "pg_total": "pg_reward + pg_clip_low + pg_clip_high",
+    "npg_reward": "Σ w A e, e = r (-log π(a) - H): the same for a natural policy-gradient step",
+    "npg_clip_low": "-Σ w A e over clip_low tokens",
+    "npg_clip_high": "-Σ w A e over clip_high tokens",
+    "npg_total": "npg_reward + npg_clip_low + npg_clip_high",
+    "x_mass": "Σ w r over X = {r < 1 - ε_low}, whatever A: an expectation under π",
+    "x_pg": "Σ w r (E[Q] - Q(a)) over X",
+    "x_npg": "Σ w r (-log π(a) - H) over X",
+    "y_mass": "Σ w r over Y = {r > 1 + ε_high}",
+    "y_pg": "Σ w r (E[Q] - Q(a)) over Y",
+    "y_npg": "Σ w r (-log π(a) - H) over Y",
+    "gap7_low": "x_pg / x_mass: E[Q] - E[Q|X], inequality (7) where ≥ 0",
+    "gap7_high": "y_pg / y_mass: E[Q] - E[Q|Y]",
+    "gap8_low": "x_npg / x_mass: E[-log π|X] - H, inequality (8) where ≥ 0",
+    "gap8_high": "y_npg / y_mass: E[-log π|Y] - H",
+    "advantage_sign": "sign of A of a histogram's bin: -1, 0, 1",
+    "ratio_from": "lower edge of r of the bin (belongs to it below 1)",
+    "ratio_to": "upper edge of r of the bin (belongs to it above 1)",
+    "pg": "Σ w |A| e of the bin's tokens, e = r (E[Q] - Q(a))",
+    "npg": "Σ w |A| e of the bin's tokens, e = r (-log π(a) - H)",
+    "states": "probe states, the same before and after the update",
+    "entropy_before_sum": "Σ H over the probe states before the update, nats",
+    "entropy_after_sum": "the same after it",
+    "entropy_before": "entropy_before_sum / states",
+    "entropy_after": "entropy_after_sum / states",
+    "entropy_change": "entropy_after - entropy_before, nats: the observed change",
+    "ledger_pg": "pg_total of the update: proportional to the change that a tabular policy would make",
+    "ledger_npg": "npg_total of the update",
+    "network_total": "⟨∇H, Δθ⟩ with H the probe's mean entropy and the optimizer's actual step: the change predicted, nats",
+    "network_reward": "its part from the objective's gradient as if nothing were clipped",
+    "network_clip_low": "its part from what clip-low removed of the gradient",
+    "network_clip_high": "its part from what clip-high removed of the gradient",
+    "network_momentum": "its part from earlier gradients (AdamW's first moment)",
+    "network_decay": "its part from weight decay",
+    **{
+        f"{kind}_{name}": f"{text} over the probe states, {how}"
+        for kind, how in (("exact", "over the whole vocabulary"), ("sampled", "from their sampled tokens"))
+        for name, text in {
+            "x_mass": "Σ p, p = P_π(X),",
+            "x_pg": "Σ p (E[Q] - E[Q|X])",
+            "x_npg": "Σ p (E[-log π|X] - H)",
+            "y_mass": "Σ q, q = P_π(Y),",
+            "y_pg": "Σ q (E[Q] - E[Q|Y])",
+            "y_npg": "Σ q (E[-log π|Y] - H)",
+            "p": "mean p",
+            "q": "mean q",
+            "gap7_low": "x_pg / x_mass",
+            "gap7_high": "y_pg / y_mass",
+            "gap8_low": "x_npg / x_mass",
+            "gap8_high": "y_npg / y_mass",
+        }.items()
+    },
+    "probed": "probed updates that have the prediction",
+    "sign_agreement": "share of them in which prediction and observed change have one sign",
+    "correlation": "Pearson correlation of observed change and prediction",
+    "slope": "least-squares slope of the observed change on the prediction",
+    "quantile": "of the null distribution of log r",
+    "log_ratio": "that quantile of log r between two scorings by the same weights, nats",
+    "abs_log_ratio": "that quantile of |log r|",
     "reward": "of one response, with the overlong penalty",
     "advantage": "reward - group mean; 0 for groups of equal rewards",
     "logprob_sum": "Σ log π_old over the response's tokens, nats",
@@ -751,10 +880,6 @@ def _run_ids(folders: Sequence[Path]) -> list[str]:
             for name, folder in zip(ids, folders, strict=True)
         ]
     return ids
-
-
-def _columns(rows: Sequence[Mapping[str, Any]], schema: Mapping[str, str]) -> dict[str, list[Any]]:
-    return {name: [row[name] for row in rows] for name in schema if name != "rollout"}
 
 
 def _write_whole(file: Path, content: bytes) -> None:

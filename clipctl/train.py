@@ -15,18 +15,41 @@ from datetime import datetime
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import torch
 
+from clipctl.alarms import RolloutFacts, new_alarms
 from clipctl.algo import group_advantages, overlong_penalty
-from clipctl.engine import EnginePair, UpdateResult, open_engine
-from clipctl.errors import DataError, DivergedError, EngineError, Interrupted, SpecError
-from clipctl.loss import spec_loss
+from clipctl.engine import EnginePair, Measure, Scores, open_engine
+from clipctl.errors import AlarmStop, DataError, DivergedError, EngineError, Interrupted, SpecError
+from clipctl.loss import PolicyLoss
 from clipctl.models import ChatTokenizer, check_device, find_model, load_tokenizer, stop_ids
-from clipctl.records import Group, Seconds, pack, rollout_row, sample_columns, token_columns, update_row
+from clipctl.records import (
+    Columns,
+    Group,
+    Seconds,
+    Update,
+    noise_columns,
+    pack,
+    rollout_facts,
+    rollout_row,
+    rollout_tables,
+)
 from clipctl.rewards import Scorer, grader_of, open_scorer
-from clipctl.rollout import Completion, DrawKey, Problem, Prompt, SamplingParams, minibatches, stream_indices
-from clipctl.spec import RunSpec, spec_json
+from clipctl.rollout import (
+    Batch,
+    Completion,
+    DrawKey,
+    Problem,
+    Prompt,
+    SamplingParams,
+    minibatches,
+    spread_states,
+    stream_indices,
+)
+from clipctl.spec import Ledger, RunSpec, spec_json
 from clipctl.store import RunWriter, check_place, create_run
 from clipctl.tasks import load_problems, task_grader
 
@@ -67,6 +90,12 @@ class Job:
     engine: EnginePair
     writer: RunWriter
     report: Callable[[Report], None]
+    warn: Callable[[str], None]
+
+
+def print_warning(line: str) -> None:
+    """One line on stderr."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def train(
@@ -75,11 +104,12 @@ def train(
     runs_dir: Path | str = "runs",
     label: str = "run",
     report: Callable[[Report], None] = lambda report: None,
+    warn: Callable[[str], None] = print_warning,
 ) -> Path:
     """Runs the spec and returns the run's folder, `runs_dir`/`run.name` or `runs_dir`/`label`-date-4 hex digits.
 
-    report is called after each rollout. Raises a ClipctlError of one line; the run's folder then keeps what was
-    measured, with its state: interrupted (Ctrl-C), diverged (non-finite), failed.
+    report is called after each rollout, warn with each alarm. Raises a ClipctlError of one line; the run's folder then
+    keeps what was measured, with its state: interrupted (Ctrl-C), diverged (non-finite), stopped (by an alarm), failed.
     """
     name = spec.run.name or f"{label}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     check_place(Path(runs_dir), name)
@@ -103,7 +133,7 @@ def train(
                 spec.rollout.top_p,
                 stop_ids(folder, tokenizer),
             )
-            job = Job(spec, data, tokenizer, params, scorer, engine, writer, report)
+            job = Job(spec, data, tokenizer, params, scorer, engine, writer, report, warn)
             note_choices(job)
             run_rollouts(job)
             save_model(job, spec.run.steps)
@@ -112,6 +142,9 @@ def train(
             raise Interrupted(f"stopped by hand; what was measured is in {writer.folder}") from None
         except DivergedError as error:
             writer.close("diverged", str(error))
+            raise
+        except AlarmStop as error:
+            writer.close("stopped", str(error))
             raise
         except (torch.OutOfMemoryError, MemoryError) as error:
             writer.close("failed", f"out of memory: {error}")
@@ -129,8 +162,8 @@ def train(
 def run_rollouts(job: Job) -> None:
     """The loop: one rollout after the other, each stored whole before the next begins."""
     spec, engine = job.spec, job.engine
-    loss = spec_loss(spec)
     position = 0
+    history: list[RolloutFacts] = []
     for rollout in range(spec.run.steps):
         drawn = draw_groups(job, rollout, position)
         position = drawn.next_position
@@ -139,25 +172,41 @@ def run_rollouts(job: Job) -> None:
         batch = pack(trained) if trained else None
         old = engine.trainer.score(batch) if batch is not None else None
         scored = perf_counter()
-        updates: list[tuple[int, UpdateResult]] = []
-        if batch is not None and old is not None:
-            for _ in range(spec.optim.epochs):
-                for rows in minibatches(batch.responses, spec.optim.responses_per_update):
-                    updates.append((len(rows), engine.trainer.step(batch, rows, old, loss)))
+        noise = measure_noise(job, batch, trained, old) if rollout == 0 else {}
+        loss = PolicyLoss(spec.loss.objective, spec.clip.low, spec.clip.high)
+        updates = run_updates(job, rollout, batch, old, loss)
         engine.sampler.update_weights(engine.trainer.weights(), version=rollout + 1)
         seconds = Seconds(drawn.seconds_sample, drawn.seconds_reward, scored - started, perf_counter() - scored)
         row = rollout_row(drawn.groups, trained, old, drawn.refills, seconds)
-        job.writer.write_rollout(
-            rollout,
-            row,
-            [update_row(spec, step, responses, result) for step, (responses, result) in enumerate(updates)],
-            sample_columns(drawn.groups, trained, old),
-            token_columns(trained, old, spec.store.tokens),
-            texts=spec.store.texts,
-        )
-        job.report(make_report(spec, rollout, row, [result for _, result in updates], seconds))
+        job.writer.write_rollout(rollout, row, rollout_tables(spec, drawn.groups, trained, old, updates) | noise)
+        job.report(make_report(spec, rollout, row, updates, seconds))
+        history.append(rollout_facts(rollout, row, updates, spec))
+        raise_alarms(job, history)
         if spec.checkpoint.every and (rollout + 1) % spec.checkpoint.every == 0 and rollout + 1 < spec.run.steps:
             save_model(job, rollout + 1)
+
+
+def run_updates(job: Job, rollout: int, batch: Batch | None, old: Scores | None, loss: PolicyLoss) -> list[Update]:
+    """loss → update: the epochs over one rollout, with the ledger's probe states kept at its start."""
+    if batch is None or old is None:
+        return []
+    spec, trainer = job.spec, job.engine.trainer
+    steps = spec.optim.epochs * minibatches(batch.responses, spec.optim.responses_per_update)
+    measures = [measure_of(spec.ledger, len(steps) - 1 - step) for step in range(len(steps))]
+    if set(measures) != {"sums"}:
+        key = DrawKey(spec.run.seed, rollout, 0)
+        trainer.keep_probe(batch, spread_states(batch.lengths_R, spec.ledger.probe_states, key))
+    return [
+        Update(len(rows), loss, trainer.step(batch, rows, old, loss, measure))
+        for rows, measure in zip(steps, measures, strict=True)
+    ]
+
+
+def measure_of(ledger: Ledger, before_last: int) -> Measure:
+    """What the update that is followed by so many others of its rollout measures."""
+    if ledger.network_every and before_last % ledger.network_every == 0:
+        return "network"
+    return "probe" if ledger.probe_states and before_last % ledger.probe_every == 0 else "sums"
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +314,54 @@ def note_choices(job: Job) -> None:
         job.writer.event("prompts_left_out", message, data={"left_out": job.data.left_out})
 
 
+NOISE_MARGIN = 5
+"""An ε under so many times the 99th percentile of |log r| between two scorings of one policy measures noise."""
+
+
+def measure_noise(job: Job, batch: Batch | None, trained: Sequence[Group], old: Scores | None) -> dict[str, Columns]:
+    """The null distribution of log r as a `noise` table: the first optimizer batch scored again by the same weights in
+    another micro-batch layout, and the trainer against the sampler. Warns where an ε is not far above it."""
+    if batch is None or old is None:
+        return {}
+    rows = minibatches(batch.responses, job.spec.optim.responses_per_update)[0]
+    again_T = job.engine.trainer.score_otherwise(batch, rows).double().numpy()
+    logprob_T = old.logprob_T.double().numpy()
+    sampler_T = np.concatenate([c.logprobs for group in trained for c in group.completions])
+    log_ratios = {"layout": again_T - logprob_T[: len(again_T)], "sampler": logprob_T - sampler_T}
+    for source, values_T in log_ratios.items():
+        level = float(np.quantile(np.abs(values_T), 0.99))
+        for side, eps in (("low", job.spec.clip.low), ("high", job.spec.clip.high)):
+            if eps < NOISE_MARGIN * level:
+                against = "another micro-batch layout" if source == "layout" else "the sampler"
+                tell(
+                    job,
+                    "noise_floor",
+                    f"clip.{side} = {eps:g} is under {NOISE_MARGIN} × {level:.2g}, the 99th percentile of |log r| between "
+                    f"one policy and itself in {against}: it would clip rounding noise",
+                    0,
+                    {"source": source, "side": side, "eps": eps, "p99": level},
+                )
+    return {"noise": noise_columns(log_ratios)}
+
+
+def raise_alarms(job: Job, history: Sequence[RolloutFacts]) -> None:
+    """Tells the alarms that begin with this rollout. Raises AlarmStop, with the model saved, for one of `run.stop_on`."""
+    alarms = new_alarms(history, job.spec.alarms)
+    rollout = history[-1].rollout
+    for alarm, reason in alarms.items():
+        tell(job, "alarm", f"{alarm}: {reason}", rollout, {"alarm": alarm})
+    stopping = [alarm for alarm in alarms if alarm in job.spec.run.stop_on]
+    if stopping:
+        save_model(job, rollout + 1)
+        raise AlarmStop(f"stopped by the alarm {stopping[0]} after rollout {rollout}: {alarms[stopping[0]]}")
+
+
+def tell(job: Job, kind: str, message: str, rollout: int, data: dict[str, Any]) -> None:
+    """An event, and a line for whoever watches."""
+    job.writer.event(kind, message, rollout=rollout, data=data)
+    job.warn(f"{kind}: {message}")
+
+
 def save_model(job: Job, rollouts: int) -> None:
     """The policy after so many rollouts, as `checkpoints/<rollouts>`, a folder that transformers loads."""
     with job.writer.new_checkpoint(rollouts) as folder:
@@ -273,17 +370,18 @@ def save_model(job: Job, rollouts: int) -> None:
 
 
 def make_report(
-    spec: RunSpec, rollout: int, row: dict[str, float], updates: Sequence[UpdateResult], seconds: Seconds
+    spec: RunSpec, rollout: int, row: dict[str, float], updates: Sequence[Update], seconds: Seconds
 ) -> Report:
     """The rollout in a line."""
-    tokens = sum(int(update.sums.counts.tokens) for update in updates)
+    counts = [update.result.sums.counts for update in updates]
+    tokens = sum(int(count.tokens) for count in counts)
     return Report(
         rollout=rollout,
         steps=spec.run.steps,
         reward=row["reward_sum"] / row["responses"],
         entropy=row["entropy_response_sum"] / row["responses_scored"] if row["responses_scored"] else None,
-        clip_low=sum(int(update.sums.counts.clip_low) for update in updates) / max(tokens, 1),
-        clip_high=sum(int(update.sums.counts.clip_high) for update in updates) / max(tokens, 1),
+        clip_low=sum(int(count.clip_low) for count in counts) / max(tokens, 1),
+        clip_high=sum(int(count.clip_high) for count in counts) / max(tokens, 1),
         response_tokens=row["tokens"] / row["responses"],
         tokens_per_second=row["tokens"] / seconds.total,
         seconds=seconds.total,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_store import SPEC, rollout_row, samples, update_rows, write
+from test_store import SPEC, rollout_row, samples, tables, update_rows, write
 
 from clipctl.analyze import LAST, analyze, safe_text
 from clipctl.errors import SpecError
@@ -77,7 +77,7 @@ def test_a_pipe_gets_whole_columns(runs: Path) -> None:
 
 def test_hostile_text_is_shown_and_never_obeyed(tmp_path: Path) -> None:
     writer = create_run(tmp_path, "a", SPEC, "tiny")
-    writer.write_rollout(0, rollout_row(0), update_rows(0), samples(0, HOSTILE), None)
+    writer.write_rollout(0, rollout_row(0), tables(update_rows(0), samples(0, HOSTILE)))
     writer.close("finished", "")
     for output in ("table", "csv", "json"):
         text = analyze([tmp_path], "select text from samples", output, True)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from clipctl.errors import SpecError, StoreError
 from clipctl.spec import load_spec, spec_json
 from clipctl.store import (
     METRICS,
+    SCHEMA_VERSION,
+    SHARDS,
     TABLES,
     VIEWS,
     Runs,
@@ -34,10 +37,15 @@ from clipctl.store import (
 )
 
 SPEC = spec_json(load_spec("tiny", {"clip.high": float("inf")}))
+ENTROPIES_1 = [(0.546038, 8), (0.55644, 8)]
+"""Entropy and responses of the rollouts in data/runs-schema-1.tar.gz."""
 SERIES = {
     "rollouts": "select * from rollouts order by rollout",
     "updates": "select * from updates order by rollout, inner_step",
     "samples": "select * from samples order by rollout, position, sample",
+    "histograms": "select * from histograms order by rollout, inner_step",
+    "probes": "select * from probes order by rollout, inner_step",
+    "predictions": "select * from predictions order by predictor",
     "events": "select kind, message, data, rollout from events order by time",
 }
 
@@ -69,8 +77,32 @@ def samples(seed: int, text: str = "so 3") -> dict[str, list[Any]]:
     }  # fmt: skip
 
 
+def by_column(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+
+
+def ledger_rows(table: str, seed: int) -> dict[str, list[Any]]:
+    """Two rows of a table of the ledger, at inner steps 0 and 2; numbers of the network only at the second."""
+    rng = np.random.default_rng(seed)
+    kinds = {name: kind for name, kind in TABLES[table].items() if name != "rollout"}
+    rows = [{name: rng.integers(1, 9) if "int" in kind else rng.random() for name, kind in kinds.items()} for _ in "ab"]
+    bare = {name: None for name in kinds if name.startswith("network_")}
+    return by_column([rows[0] | bare | {"inner_step": 0}, rows[1] | {"inner_step": 2}])
+
+
+def tables(updates: list[dict[str, Any]], sampled: dict[str, list[Any]], **more: Any) -> dict[str, Any]:
+    found = {
+        "updates": by_column(updates),
+        "samples": {name: values for name, values in sampled.items() if name != "text"},
+        "texts": {name: sampled[name] for name in ("position", "sample", "text")},
+        **more,
+    }
+    return {table: columns for table, columns in found.items() if columns}
+
+
 def write(writer: RunWriter, rollout: int) -> None:
-    writer.write_rollout(rollout, rollout_row(rollout), update_rows(rollout), samples(2 * rollout), None)
+    ledger = {table: ledger_rows(table, rollout) for table in ("histograms", "probes")}
+    writer.write_rollout(rollout, rollout_row(rollout), tables(update_rows(rollout), samples(2 * rollout), **ledger))
 
 
 def write_many(writer: RunWriter, rollouts: int) -> None:
@@ -97,7 +129,7 @@ def test_the_fold_holds_what_the_journal_held(writer: RunWriter) -> None:
     before = answers(writer.folder)
     writer.close("finished", "")
     assert (writer.folder / "metrics.duckdb").is_file()
-    assert not [file for file in committed_segments(writer.folder) if not file.name.startswith("texts")]
+    assert not [file for file in committed_segments(writer.folder) if not file.name.startswith(SHARDS)]
     assert answers(writer.folder) == before
     assert len(before["rollouts"]) == 3
     assert len(before["updates"]) == 9
@@ -131,7 +163,7 @@ def test_views_make_the_means_of_sums_and_counts(writer: RunWriter) -> None:
 def test_nothing_scored_and_nothing_graded_are_null(writer: RunWriter) -> None:
     row = rollout_row(0) | {"graded": 0, "correct": None, "groups_correct": None, "responses_scored": 0,
                             "tokens_scored": 0, "entropy_response_sum": None, "entropy_token_sum": None}  # fmt: skip
-    writer.write_rollout(0, row, [], samples(0), None)
+    writer.write_rollout(0, row, tables([], samples(0)))
     with open_runs(writer.folder) as runs:
         found = runs.sql(
             "select mean_at_group, pass_at_group, entropy, entropy_token_mean, entropy_normalized from rollouts"
@@ -166,7 +198,8 @@ def test_texts_can_be_left_out_and_tokens_kept(writer: RunWriter) -> None:
         "prompt_id": ["a", "a"], "position": [0, 0], "sample": [0, 0], "token": [0, 1], "token_id": [5, 9],
         "logprob": [-0.5, -1.5], "entropy": [0.1, 0.2], "sampler_logprob": [-0.5, -1.25], "advantage": [0.5, 0.5],
     }  # fmt: skip
-    writer.write_rollout(0, rollout_row(0), update_rows(0), samples(0), tokens, texts=False)
+    both = tables(update_rows(0), samples(0), tokens=tokens)
+    writer.write_rollout(0, rollout_row(0), {table: both[table] for table in both if table != "texts"})
     with open_runs(writer.folder) as runs:
         assert runs.sql("select token_id, logprob, sampler_logprob from tokens").fetchall() == [
             (5, -0.5, -0.5),
@@ -228,7 +261,7 @@ def test_a_newer_schema_is_named(writer: RunWriter) -> None:
     newer.rename(newer.with_name(f"updates-000-000000-{digest(newer.read_bytes())}.parquet"))
     with open_runs(writer.folder) as runs:
         ((problem,),) = runs.sql("select problem from runs").fetchall()
-    assert "has schema 99, this clipctl reads up to 1" in problem
+    assert f"has schema 99, this clipctl reads up to {SCHEMA_VERSION}" in problem
 
 
 def test_names_are_taken_once(writer: RunWriter) -> None:
@@ -410,10 +443,27 @@ def test_only_one_select_over_the_runs_is_taken(writer: RunWriter, query: str) -
 def test_every_number_of_the_views_has_a_formula(writer: RunWriter) -> None:
     write(writer, 0)
     keys = {"run_id", "attempt", "rollout", "inner_step", "prompt_id", "position", "sample", "outcome", "text", "token",
-            "token_id", "time", "kind", "message", "data"}  # fmt: skip
+            "token_id", "time", "kind", "message", "data", "predictor", "source"}  # fmt: skip
     with open_runs(writer.folder) as runs:
         columns = {name for view in VIEWS for name in runs.sql(f"select * from {view}").columns}
     assert columns - keys == set(METRICS)
+
+
+@pytest.mark.parametrize("name", ["finished", "journal"])
+def test_a_run_of_schema_1_is_read_and_folded(name: str, tmp_path: Path) -> None:
+    """Two rollouts of `tiny`, 2 × 4 responses, one update a group, stored by the code of schema 1."""
+    with tarfile.open(Path(__file__).parent / "data" / "runs-schema-1.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    folder = tmp_path / name
+    for _ in range(2):
+        with open_runs(folder) as runs:
+            assert runs.sql("select problem from runs").fetchall() == [(None,)]
+            assert runs.sql("select round(entropy, 6), responses from rollouts order by rollout").fetchall() == ENTROPIES_1
+            assert runs.sql("select count(*), count(pg_total), count(gap7_low) from updates").fetchall() == [(4, 0, 0)]
+            assert runs.sql("select count(*), count(text) from samples").fetchall() == [(16, 16)]
+            for table in ("histograms", "probes", "noise", "predictions"):
+                assert runs.sql(f"select * from {table}").fetchall() == []
+        fold(folder)
 
 
 def test_runs_is_a_public_name() -> None:

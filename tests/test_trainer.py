@@ -12,7 +12,7 @@ from conftest import random_llama
 from clipctl.engine.attention import use_grouped_attention
 from clipctl.engine.torch_trainer import TorchTrainer
 from clipctl.errors import DivergedError
-from clipctl.loss import LossSums, spec_loss
+from clipctl.loss import PolicyLoss, UpdateSums
 from clipctl.rollout import Batch, minibatches
 from clipctl.spec import RunSpec, resolve_spec
 
@@ -22,6 +22,10 @@ SPEC = {
     "clip": {"low": 0.15, "high": 0.3},
     "optim": {"lr": 2e-4, "responses_per_update": 8, "epochs": 2, "grad_clip": 1e9},
 }
+
+
+def spec_loss(spec: RunSpec) -> PolicyLoss:
+    return PolicyLoss(spec.loss.objective, spec.clip.low, spec.clip.high)
 
 
 def spec(**changes: dict[str, Any]) -> RunSpec:
@@ -98,7 +102,7 @@ def test_the_gradient_off_policy_is_that_of_the_formula_in_float64() -> None:
         torch.testing.assert_close(master.double(), parameter.grad, rtol=1e-3, atol=1e-6)
 
 
-def run_updates(the_spec: RunSpec) -> tuple[TorchTrainer, list[LossSums], list[list[torch.Tensor]]]:
+def run_updates(the_spec: RunSpec) -> tuple[TorchTrainer, list[UpdateSums], list[list[torch.Tensor]]]:
     ours = trainer(the_spec)
     old = ours.score(batch())
     results, grads = [], []

@@ -3,10 +3,10 @@
 Dimension letters as in `clipctl.rollout`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from clipctl.rollout import Batch, Completion, Prompt, SamplingParams
 from clipctl.spec import RunSpec
@@ -14,7 +14,12 @@ from clipctl.spec import RunSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from clipctl.loss import LossSums
+    from clipctl.ledger import EntropyLedger
+    from clipctl.loss import PolicyLoss, UpdateSums
+
+Measure = Literal["sums", "probe", "network"]
+"""What a step measures: the sums over its tokens alone; the probe states before and after it too; and, before it, what
+the change of their entropy should be through the network."""
 
 
 class Sampler(Protocol):
@@ -43,15 +48,31 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """The probe states at one update. Sums over `states`, nats.
+
+    entropy_before, entropy_after: Σ H before and after the step. exact, sampled: ledgers before it, of all actions
+    weighted by π_old, and of each state's sampled token alone; their x_ and y_ sums estimate the same.
+    network: the first-order change of the states' mean entropy along the step, `total`, and what it is made of
+    (`reward`, `clip_low`, `clip_high`, `momentum`, `decay`); None where it was not asked for.
+    """
+
+    states: int
+    entropy_before: float
+    entropy_after: float
+    exact: "EntropyLedger"
+    sampled: "EntropyLedger"
+    network: dict[str, float] | None
+
+
+@dataclass(frozen=True, slots=True)
 class UpdateResult:
-    """One optimizer step: the gradient's norm before it was cut, and the sums over the optimizer batch's tokens."""
+    """One optimizer step: the gradient's norm before it was cut, the sums over the optimizer batch's tokens, and the
+    probe where one was asked for."""
 
     grad_norm: float
-    sums: "LossSums"
-
-
-Loss = Callable[["Tensor", "Tensor", "Tensor", "Tensor", "Tensor"], tuple["Tensor", "LossSums"]]
-"""(logprob_T, entropy_T, old_logprob_T, advantages_T, weights_T) of one micro-batch -> loss to be minimised, sums."""
+    sums: "UpdateSums"
+    probe: ProbeResult | None = None
 
 
 class Trainer(Protocol):
@@ -61,8 +82,19 @@ class Trainer(Protocol):
         """Statistics of the batch under the current weights, in the layout in which its updates will run."""
         ...
 
-    def step(self, batch: Batch, rows: range, old: Scores, loss: Loss) -> UpdateResult:
-        """One optimizer step on the responses `rows` (whole groups). Raises DivergedError before a non-finite step."""
+    def score_otherwise(self, batch: Batch, rows: range) -> "Tensor":
+        """log π of the rows' tokens, flat, under the current weights in another micro-batch layout than that of `score`."""
+        ...
+
+    def keep_probe(self, batch: Batch, states: Sequence[tuple[int, int]]) -> None:
+        """Keep the whole distributions of (response, token) states under the current weights, for the steps to come."""
+        ...
+
+    def step(
+        self, batch: Batch, rows: range, old: Scores, loss: "PolicyLoss", measure: Measure = "sums"
+    ) -> UpdateResult:
+        """One optimizer step on the responses `rows` (whole groups). What is measured does not change the step.
+        Raises DivergedError before a non-finite step."""
         ...
 
     def weights(self) -> Iterator[tuple[str, "Tensor"]]:

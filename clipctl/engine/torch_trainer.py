@@ -1,13 +1,16 @@
-"""The torch engine's trainer, the reference: exact statistics, token-budget micro-batches, fused AdamW.
+"""The torch engine's trainer, the reference: exact statistics, token-budget micro-batches, fused optimizers.
 
-In bfloat16 the forward pass reads a bfloat16 copy, while gradients add up in float32 and AdamW steps float32 master
+In bfloat16 the forward pass reads a bfloat16 copy, while gradients add up in float32 and the optimizer steps float32 master
 weights. Responses are padded on the right under causal attention, so no padded token is ever seen by a real one.
 Responses without advantage have no gradient: they are only scored, in micro-batches of their own, so that every
 metric still counts them.
 """
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipctl.algo import loss_weights
-from clipctl.engine import Loss, Scores, UpdateResult
+from clipctl.algo import ClipCounts, loss_weights
+from clipctl.engine import Measure, Scores, UpdateResult
+from clipctl.engine.optimizers import OPTIMIZERS, SPLITS, Step, dot
+from clipctl.engine.torch_probe import TorchProbe, add_gradients
 from clipctl.errors import DivergedError
-from clipctl.loss import LossSums
+from clipctl.loss import PolicyLoss, UpdateTokens
 from clipctl.rollout import Batch, microbatches, minibatches
 from clipctl.spec import Engine, RunSpec
 from clipctl.statistics import TokenStatistics, token_statistics
@@ -40,15 +45,8 @@ class TorchTrainer:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.masters = [_master(parameter) for parameter in self.parameters]
-        optim = spec.optim
-        self.optimizer = torch.optim.AdamW(
-            self.masters,
-            lr=optim.lr,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
+        self.optimizer = OPTIMIZERS[spec.optim.optimizer](self.masters, spec.optim)
+        self.probe: TorchProbe | None = None
 
     def score(self, batch: Batch) -> Scores:
         """Log-probs and entropies of the batch, in the micro-batches in which its updates will run."""
@@ -66,31 +64,96 @@ class TorchTrainer:
             raise DivergedError("a log-probability or entropy of this rollout is not finite; the policy is broken")
         return Scores(logprob_T, entropy_T)
 
-    def step(self, batch: Batch, rows: range, old: Scores, loss: Loss) -> UpdateResult:
-        """One AdamW step on the responses `rows`. Raises DivergedError, before the step, for a non-finite loss or
+    def score_otherwise(self, batch: Batch, rows: range) -> Tensor:
+        """log π of the rows' tokens, flat, in micro-batches half as large as the largest of `score`'s."""
+        lengths = [len(p) + len(r) for p, r in zip(batch.prompt_ids, batch.response_ids, strict=True)]
+        largest = max(len(part) * max(lengths[row] for row in part) for part, _ in self._layout(batch, rows))
+        ends = np.cumsum(batch.lengths_R[rows.start : rows.stop])
+        logprob_T = torch.empty(int(ends[-1]))
+        for part in microbatches(lengths, rows, largest // 2):
+            with torch.no_grad():
+                statistics = self._forward(batch, part)
+            local = [row - rows.start for row in part]
+            logprob_T[_flat_places(ends, batch.lengths_R[rows.start : rows.stop], local)] = statistics.logprob_T.cpu()
+        return logprob_T
+
+    def keep_probe(self, batch: Batch, states: Sequence[tuple[int, int]]) -> None:
+        """The states under the weights of now, to which the steps to come compare theirs."""
+        engine, temperature = self.spec.engine, self.spec.rollout.temperature
+        self.probe = TorchProbe(
+            batch, states, engine.tokens_per_microbatch, self._hidden, lambda: self.model.lm_head.weight, temperature
+        )
+
+    def step(self, batch: Batch, rows: range, old: Scores, loss: PolicyLoss, measure: Measure = "sums") -> UpdateResult:
+        """One optimizer step on the responses `rows`. Raises DivergedError, before the step, for a non-finite loss or
         gradient."""
         spec = self.spec
-        lengths_R = torch.from_numpy(batch.lengths_R[rows.start : rows.stop])
-        constant = spec.loss.constant or spec.rollout.max_response_tokens
-        weight_R = loss_weights(lengths_R, spec.loss.aggregation, constant)
+        tokens = self._tokens(batch, rows, old)
         for master in self.masters:
             master.grad = torch.zeros_like(master) if master.grad is None else master.grad.zero_()
-        sums: LossSums | None = None
-        for part, live in self._layout(batch, rows):
-            part_sums = self._accumulate(batch, part, weight_R[torch.tensor(part) - rows.start], old, loss, live)
-            sums = part_sums if sums is None else sums + part_sums
-        assert sums is not None
+        done = [self._accumulate(batch, rows, part, tokens, loss, live) for part, live in self._layout(batch, rows)]
+        value = float(sum(value for value, _ in done))
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, spec.optim.grad_clip))
-        if not math.isfinite(sums.loss) or not math.isfinite(norm):
-            raise DivergedError(
-                f"the update is not finite: loss {sums.loss}, gradient norm {norm}; the step was not taken"
-            )
+        if not math.isfinite(value) or not math.isfinite(norm):
+            raise DivergedError(f"the update is not finite: loss {value}, gradient norm {norm}; the step was not taken")
+        sums = loss.sums(value, reduce(operator.add, (counts for _, counts in done)), tokens)
+        if measure == "sums":
+            self._move()
+            return UpdateResult(norm, sums)
+        assert self.probe is not None
+        seen = self.probe.compare(loss)
+        if measure == "network":
+            seen = replace(seen, network=self._move_and_predict(batch, rows, tokens, loss, norm))
+        else:
+            self._move()
+        return UpdateResult(norm, sums, replace(seen, entropy_after=self.probe.entropy()))
+
+    def _move(self) -> None:
+        """The optimizer's step, and the working copy after it."""
         self.optimizer.step()
         with torch.no_grad():
             for parameter, master in zip(self.parameters, self.masters, strict=True):
                 if parameter is not master:
                     parameter.copy_(master)
-        return UpdateResult(norm, sums)
+
+    def _move_and_predict(
+        self, batch: Batch, rows: range, tokens: UpdateTokens, loss: PolicyLoss, norm: float
+    ) -> dict[str, float]:
+        """Takes the step and returns ⟨∇_θ H, Δθ⟩ with H the probe's mean entropy, whole and in its parts, nats.
+
+        The gradients of the three parts of the objective are taken each by itself, at the weights before the step.
+        """
+        assert self.probe is not None
+        slope = self.probe.entropy_slope(self.parameters)
+        # As torch.nn.utils.clip_grad_norm_ scales.
+        scale = min(1.0, self.spec.optim.grad_clip / (norm + 1e-6))
+        parts = self._part_gradients(batch, rows, tokens, loss, scale)
+        before = [master.detach().clone() for master in self.masters]
+        gradients = [master.grad for master in self.masters if master.grad is not None]
+        self._move()
+        rows_of_step = SPLITS[self.spec.optim.optimizer](slope, Step(gradients, parts, before), self.optimizer)
+        moved = [master.detach() - start for master, start in zip(self.masters, before, strict=True)]
+        return {"total": dot(slope, moved)} | rows_of_step
+
+    def _part_gradients(
+        self, batch: Batch, rows: range, tokens: UpdateTokens, loss: PolicyLoss, scale: float
+    ) -> dict[str, list[Tensor]]:
+        """The gradient of the loss, times `scale`, in the parts of `PolicyLoss.pull`."""
+        ends = np.cumsum(batch.lengths_R[rows.start : rows.stop])
+        parts: dict[str, list[Tensor]] = {}
+        for part, live in self._layout(batch, rows):
+            local = [row - rows.start for row in part]
+            at_T = _flat_places(ends, batch.lengths_R[rows.start : rows.stop], local).to(tokens.logprob_T.device)
+            given = (tokens.logprob_T, tokens.old_logprob_T, tokens.advantages_T, tokens.weights_T)
+            logprob_T = self._forward(batch, part).logprob_T if live else None
+            for name, pull_T in loss.pull(*(tensor[at_T] for tensor in given)).items():
+                totals = parts.setdefault(name, [torch.zeros_like(master) for master in self.masters])
+                if logprob_T is not None and bool((pull_T != 0).any()):
+                    value = -scale * (pull_T.float() * logprob_T).sum()
+                    add_gradients(
+                        totals, torch.autograd.grad(value, self.parameters, retain_graph=True, allow_unused=True)
+                    )
+        return parts
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Named parameters of the working copy."""
@@ -115,28 +178,49 @@ class TorchTrainer:
             )
         ]
 
+    def _tokens(self, batch: Batch, rows: range, old: Scores) -> UpdateTokens:
+        """The tokens of an optimizer batch, with room for the statistics that its forward passes will make."""
+        spec, device = self.spec, self.masters[0].device
+        lengths_R = torch.from_numpy(batch.lengths_R[rows.start : rows.stop])
+        weight_R = loss_weights(
+            lengths_R, spec.loss.aggregation, spec.loss.constant or spec.rollout.max_response_tokens
+        )
+        start, size = int(batch.lengths_R[: rows.start].sum()), int(lengths_R.sum())
+        advantages_R = torch.from_numpy(batch.advantages_R[rows.start : rows.stop])
+        return UpdateTokens(
+            logprob_T=torch.empty(size, device=device),
+            entropy_T=torch.empty(size, device=device),
+            expected_q_T=torch.empty(size, device=device),
+            old_logprob_T=old.logprob_T[start : start + size].to(device),
+            advantages_T=advantages_R.repeat_interleave(lengths_R).to(device),
+            weights_T=weight_R.repeat_interleave(lengths_R).to(device),
+        )
+
     def _accumulate(
-        self, batch: Batch, part: Sequence[int], weight_B: Tensor, old: Scores, loss: Loss, live: bool
-    ) -> LossSums:
-        """Adds the gradient of one micro-batch to the masters' gradients, and returns its sums."""
-        device = self.masters[0].device
-        lengths_B = torch.from_numpy(batch.lengths_R[part])
-        at_T = _flat_places(np.cumsum(batch.lengths_R), batch.lengths_R, part)
-        advantages_T = torch.from_numpy(batch.advantages_R[part]).float().repeat_interleave(lengths_B)
-        weights_T = weight_B.float().repeat_interleave(lengths_B)
+        self, batch: Batch, rows: range, part: Sequence[int], tokens: UpdateTokens, loss: PolicyLoss, live: bool
+    ) -> tuple[Tensor, ClipCounts]:
+        """Adds the gradient of one micro-batch to the masters' gradients, and keeps its tokens' statistics."""
+        lengths_R = batch.lengths_R[rows.start : rows.stop]
+        at_T = _flat_places(np.cumsum(lengths_R), lengths_R, [row - rows.start for row in part])
+        at_T = at_T.to(tokens.logprob_T.device)
         with torch.set_grad_enabled(live):
-            statistics = self._forward(batch, part)
-            value, sums = loss(
-                statistics.logprob_T,
-                statistics.entropy_T,
-                old.logprob_T[at_T].to(device),
-                advantages_T.to(device),
-                weights_T.to(device),
+            found = self._forward(batch, part)
+            value, counts = loss(
+                found.logprob_T,
+                tokens.old_logprob_T[at_T],
+                tokens.advantages_T[at_T].float(),
+                tokens.weights_T[at_T].float(),
             )
+        for kept_T, name in (
+            (tokens.logprob_T, "logprob_T"),
+            (tokens.entropy_T, "entropy_T"),
+            (tokens.expected_q_T, "expected_q_T"),
+        ):
+            kept_T[at_T] = getattr(found, name).detach()
         if live:
             value.backward()  # type: ignore[no-untyped-call]
             self._gather_gradients()
-        return sums
+        return value.detach(), counts
 
     def _gather_gradients(self) -> None:
         """Adds the working copy's gradients to the masters' in float32."""
@@ -148,18 +232,19 @@ class TorchTrainer:
 
     def _forward(self, batch: Batch, part: Sequence[int]) -> TokenStatistics:
         """Statistics of the response tokens of the rows `part`, flat in the order of `part`."""
+        hidden_TD, targets_T = self._hidden(batch, part)
+        temperature = self.spec.rollout.temperature
+        return token_statistics(hidden_TD, self.model.lm_head.weight, targets_T, temperature=temperature)
+
+    def _hidden(self, batch: Batch, part: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Hidden states that predict the response tokens of the rows `part`, [T,D], and those tokens, [T]."""
         device = self.masters[0].device
         # transformers recomputes activations in training mode only; there is no dropout to switch on.
         self.model.train(self.spec.engine.gradient_checkpointing)
         ids_BS, rows_T, columns_T = padded(batch, part)
         hidden_BSD = self.model.model(input_ids=ids_BS.to(device), use_cache=False).last_hidden_state
         rows_T, columns_T, ids_BS = rows_T.to(device), columns_T.to(device), ids_BS.to(device)
-        return token_statistics(
-            hidden_BSD[rows_T, columns_T - 1],
-            self.model.lm_head.weight,
-            ids_BS[rows_T, columns_T],
-            temperature=self.spec.rollout.temperature,
-        )
+        return hidden_BSD[rows_T, columns_T - 1], ids_BS[rows_T, columns_T]
 
 
 def padded(batch: Batch, part: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
