@@ -53,18 +53,11 @@ class ClipCounts:
 
 
 class Objective(Protocol):
-    """(log π, log π_old, A, mask) of tokens → objective of each, to be maximised, and counts."""
+    """(log π, log π_old, A) of tokens → objective of each, to be maximised."""
 
     def __call__(
-        self,
-        logprob: Tensor,
-        old_logprob: Tensor,
-        advantages: Tensor,
-        mask: Tensor,
-        *,
-        eps_low: float,
-        eps_high: float,
-    ) -> tuple[Tensor, ClipCounts]: ...
+        self, logprob: Tensor, old_logprob: Tensor, advantages: Tensor, *, eps_low: float, eps_high: float
+    ) -> Tensor: ...
 
 
 def group_advantages(rewards_PG: Tensor) -> Tensor:
@@ -102,38 +95,39 @@ def clipped_surrogate(
     """
     ratio, advantages, mask = _ratio(logprob, old_logprob, advantages, mask)
     low, high = ratio < 1 - eps_low, ratio > 1 + eps_high
-    clip_low, clip_high = low & (advantages < 0), high & (advantages > 0)
+    counts = _counts(ratio, advantages, mask, low, high, low & (advantages < 0), high & (advantages > 0))
+    # What lies outside the mask may be anything, so it must not come near the gradient.
+    inside, old = torch.where(mask, logprob, 0.0), torch.where(mask, old_logprob, 0.0)
+    return clipped_objective(inside, old, advantages, eps_low=eps_low, eps_high=eps_high), counts
+
+
+def clipped_objective(
+    logprob: Tensor, old_logprob: Tensor, advantages: Tensor, *, eps_low: float, eps_high: float
+) -> Tensor:
+    """The objective of `clipped_surrogate` alone, of tokens of one shape."""
+    log_ratio = logprob - old_logprob.detach()
+    ratio, advantages = log_ratio.detach().exp(), advantages.detach()
+    clip_low, clip_high = (ratio < 1 - eps_low) & (advantages < 0), (ratio > 1 + eps_high) & (advantages > 0)
     # Clipped tokens leave before exp: through a ratio that overflowed, a gradient of 0 would become NaN.
-    live = mask & (advantages != 0) & ~clip_low & ~clip_high
-    surrogate = advantages * torch.where(live, logprob - old_logprob.detach(), 0.0).exp()
+    live = (advantages != 0) & ~clip_low & ~clip_high
+    surrogate = advantages * torch.where(live, log_ratio, 0.0).exp()
     clipped = torch.where(clip_low, (1 - eps_low) * advantages, 0.0)
     clipped = torch.where(clip_high, (1 + eps_high) * advantages, clipped)
-    return torch.where(live, surrogate, clipped), _counts(ratio, advantages, mask, low, high, clip_low, clip_high)
+    return torch.where(live, surrogate, clipped)
 
 
 def reinforce_objective(
-    logprob: Tensor,
-    old_logprob: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    eps_low: float,
-    eps_high: float,
-) -> tuple[Tensor, ClipCounts]:
+    logprob: Tensor, old_logprob: Tensor, advantages: Tensor, *, eps_low: float, eps_high: float
+) -> Tensor:
     """A·log π per token, without ratio and clipping: unbiased for the first update of a rollout, and only for it.
 
-    Arguments and results as in `clipped_surrogate`; nothing is clipped, so the active counts are 0 and ε only says
-    which ratios are counted. Source: Williams 1992, REINFORCE with the group's mean as its baseline.
+    Arguments as in `clipped_objective`; ε has no effect. Source: Williams 1992, REINFORCE with the group's mean as its
+    baseline.
     """
-    ratio, advantages, mask = _ratio(logprob, old_logprob, advantages, mask)
-    live = mask & (advantages != 0)
-    objective = torch.where(live, advantages * torch.where(live, logprob, 0.0), 0.0)
-    never = torch.zeros_like(mask)
-    low, high = ratio < 1 - eps_low, ratio > 1 + eps_high
-    return objective, _counts(ratio, advantages, mask, low, high, never, never)
+    return torch.where(advantages != 0, advantages.detach() * logprob, 0.0)
 
 
-OBJECTIVES: dict[str, Objective] = {"clip": clipped_surrogate, "reinforce": reinforce_objective}
+OBJECTIVES: dict[str, Objective] = {"clip": clipped_objective, "reinforce": reinforce_objective}
 """The objectives of `loss.objective`."""
 
 

@@ -93,8 +93,8 @@ def train(
     for warning in clip_warnings(resolved):
         print(f"warning: {warning}", file=sys.stderr)
     label = preset or (spec.stem if spec else resolved.data.task)
-    with show_progress(resolved.run.steps) as report:
-        folder = run(resolved, runs_dir=runs_dir, label=label, report=report)
+    with show_progress(resolved.run.steps) as (report, warn):
+        folder = run(resolved, runs_dir=runs_dir, label=label, report=report, warn=warn)
     print(folder)
 
 
@@ -103,17 +103,27 @@ def analyze(
     paths: Annotated[list[Path], typer.Argument(help="Runs, or folders of runs.")],
     sql: Annotated[
         str | None,
-        typer.Option(help="One SELECT over the views runs, rollouts, updates, samples, events."),
+        typer.Option(
+            help="One SELECT over the views runs, rollouts, updates, histograms, probes, samples, events, ..."
+        ),
+    ] = None,
+    view: Annotated[str, typer.Option(help="overview, ledger or what-if.")] = "overview",
+    grid: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=V1,V2", help="For what-if: clip.low=... and clip.high=...")
     ] = None,
     output: Annotated[str, typer.Option("--format", help="table, json or csv.")] = "table",
 ) -> None:
-    """Read runs, finished, live or broken, and print an overview or the answer to a query.
+    """Read runs, finished, live or broken, and print a view or the answer to a query.
 
-    Example: clipctl analyze runs/ --sql "select run_id, rollout, entropy from rollouts"
+    overview: a row for each run. ledger: who pulls at entropy (reward, clip-low, clip-high), whether the paper's
+    inequalities hold, and predictions against what happened. what-if: clip mass and pull under other ε, to first order.
+
+    Examples: clipctl analyze runs/ --view what-if --grid clip.low=0.1,0.15,0.3 --grid clip.high=0.2,inf |
+    clipctl analyze runs/ --sql "select run_id, rollout, entropy from rollouts"
     """
     from clipctl.analyze import analyze as answer
 
-    print(answer(paths, sql, output, sys.stdout.isatty()))
+    print(answer(paths, sql, output, sys.stdout.isatty(), view=view, grid=grid or []))
 
 
 @presets_app.command("list")

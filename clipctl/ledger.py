@@ -15,6 +15,7 @@ compared as shares, not read as nats. Shapes: any, all the same.
 """
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, Self
 
 import torch
@@ -110,19 +111,32 @@ def entropy_ledger(
     events_5T = torch.stack([torch.ones_like(x), x & (advantages < 0), y & (advantages > 0), x, y]).double()
     pg_sums, npg_sums, mass, x_or_y_pg, x_or_y_npg = (values_5T @ events_5T.T).tolist()
     return EntropyLedger(
-        Terms(pg_sums[0], -pg_sums[1], -pg_sums[2]),
-        Terms(npg_sums[0], -npg_sums[1], -npg_sums[2]),
+        Terms(pg_sums[0], 0.0 - pg_sums[1], 0.0 - pg_sums[2]),
+        Terms(npg_sums[0], 0.0 - npg_sums[1], 0.0 - npg_sums[2]),
         *(mass[3], x_or_y_pg[3], x_or_y_npg[3]),
         *(mass[4], x_or_y_pg[4], x_or_y_npg[4]),
     )
 
 
 @dataclass(frozen=True, slots=True)
-class RatioProfile:
-    """The histogram of the ratio by the sign of the advantage that `clipctl.whatif` reads; those of several parts add up.
+class EventCounts:
+    """Tokens of an update: all, those with A ≠ 0, the active events, and X and Y whatever A."""
 
-    low_edges, high_edges: ascending ratios below and above 1. sums_3BC: float64, signs (-, 0, +) × bins × (tokens,
-    Σ w·|A|·e for PG, for NPG); bins: below each low edge and from the last one on to 1, exactly 1, then above.
+    tokens: int
+    tokens_advantage: int
+    clip_low: int
+    clip_high: int
+    ratio_low: int
+    ratio_high: int
+
+
+@dataclass(frozen=True, slots=True)
+class RatioProfile:
+    """The histogram of the ratio by the sign of the advantage; those of several parts add up.
+
+    low_edges, high_edges: ascending ratios below and above 1. sums_3BC: float64, signs (-, 0, +) × bins × COLUMNS; bins:
+    up to each low edge, exactly 1, from each high edge on. Events of every ε that is an edge are whole bins, so the
+    profile holds the counts and the ledger of the ε in force, and what `clipctl.whatif` needs of any other.
     """
 
     low_edges: tuple[float, ...]
@@ -132,6 +146,28 @@ class RatioProfile:
     def __add__(self, other: Self) -> "RatioProfile":
         assert (self.low_edges, self.high_edges) == (other.low_edges, other.high_edges)
         return RatioProfile(self.low_edges, self.high_edges, self.sums_3BC + other.sums_3BC)
+
+    def events(self, eps_low: float, eps_high: float) -> tuple[Tensor, Tensor]:
+        """Sums over X and over Y, each [3,C]. The ε must be edges, 1.0 or inf."""
+        x = self.low_edges.index(1 - eps_low) + 1 if eps_low < 1 else 0
+        bins = self.sums_3BC.shape[1]
+        y = len(self.low_edges) + 1 + self.high_edges.index(1 + eps_high) if eps_high < float("inf") else bins
+        return self.sums_3BC[:, :x].sum(1), self.sums_3BC[:, y:].sum(1)
+
+    def counts(self, eps_low: float, eps_high: float) -> EventCounts:
+        x_3C, y_3C = self.events(eps_low, eps_high)
+        tokens_3, x_3, y_3 = self.sums_3BC[..., 0].sum(1).tolist(), x_3C[:, 0].tolist(), y_3C[:, 0].tolist()
+        return EventCounts(
+            *(int(n) for n in (sum(tokens_3), tokens_3[0] + tokens_3[2], x_3[0], y_3[2], sum(x_3), sum(y_3)))
+        )
+
+    def ledger(self, eps_low: float, eps_high: float) -> EntropyLedger:
+        """The same as `entropy_ledger` of the profile's tokens."""
+        x_3C, y_3C = (event_3C.tolist() for event_3C in self.events(eps_low, eps_high))
+        all_3C = self.sums_3BC.sum(1).tolist()
+        pg, npg = (Terms(all_3C[2][c] - all_3C[0][c], x_3C[0][c], 0.0 - y_3C[2][c]) for c in (1, 2))
+        x, y = ([sum(event[sign][c] for sign in range(3)) for c in (3, 4, 5)] for event in (x_3C, y_3C))
+        return EntropyLedger(pg, npg, *x, *y)
 
     def columns(self) -> dict[str, Any]:
         """One row for each bin that holds a token, as columns of numpy arrays."""
@@ -148,6 +184,10 @@ class RatioProfile:
         }
 
 
+COLUMNS = ("tokens", "Σ w|A|e for PG", "Σ w|A|e for NPG", "Σ w r", "Σ w r (E[Q]-Q)", "Σ w r (-log π-H)")
+"""What a profile sums in each bin."""
+
+
 def ratio_profile(
     logprob_T: Tensor,
     old_logprob_T: Tensor,
@@ -160,17 +200,27 @@ def ratio_profile(
     eps_high: float,
 ) -> RatioProfile:
     """The profile of sampled tokens, arguments as in `entropy_ledger`; ε in force are edges."""
-    low, high = profile_edges(eps_low, eps_high)
+    low, high, edges_K = _edges(eps_low, eps_high, logprob_T.dtype, logprob_T.device)
+    # As the objective compares it: in the dtype of the log-probabilities.
     ratio_T = (logprob_T - old_logprob_T).exp()
-    edges = torch.tensor([*low, *high], dtype=ratio_T.dtype, device=ratio_T.device)
-    bins_T = torch.bucketize(ratio_T, edges[: len(low)], right=True) + torch.bucketize(ratio_T, edges[len(low) :])
+    below_T = torch.bucketize(ratio_T, edges_K[: len(low)], right=True)
+    bins_T = below_T.add_(torch.bucketize(ratio_T, edges_K[len(low) :]))
     size = len(low) + len(high) + 1
     r, pg, npg = _effects(logprob_T, old_logprob_T, entropy_T, expected_q_T)
-    pull_T = weight_T.double() * advantages_T.double().abs() * r
-    values_TC = torch.stack([torch.ones_like(r), pull_T * pg, pull_T * npg], 1)
-    place_T = (advantages_T.sign().long() + 1) * size + bins_T
-    sums = values_TC.new_zeros(3 * size, 3).index_add_(0, place_T, values_TC)
-    return RatioProfile(tuple(low), tuple(high), sums.view(3, size, 3).cpu())
+    wr_T = weight_T.double() * r
+    pull_T = wr_T * advantages_T.double().abs()
+    values_CT = torch.stack([torch.ones_like(r), pull_T * pg, pull_T * npg, wr_T, wr_T * pg, wr_T * npg])
+    bins_T.add_(advantages_T.sign().long().add_(1).mul_(size))
+    sums_CB = values_CT.new_zeros(len(COLUMNS), 3 * size).index_add_(1, bins_T, values_CT)
+    return RatioProfile(low, high, sums_CB.T.reshape(3, size, len(COLUMNS)).cpu())
+
+
+@lru_cache(maxsize=8)
+def _edges(
+    eps_low: float, eps_high: float, dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[float, ...], tuple[float, ...], Tensor]:
+    low, high = profile_edges(eps_low, eps_high)
+    return tuple(low), tuple(high), torch.tensor([*low, *high], dtype=dtype, device=device)
 
 
 def _events(logprob: Tensor, old_logprob: Tensor, eps_low: float, eps_high: float) -> tuple[Tensor, Tensor]:

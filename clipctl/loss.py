@@ -10,8 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from clipctl.algo import OBJECTIVES, ClipCounts
-from clipctl.ledger import EntropyLedger, RatioProfile, entropy_ledger, ratio_profile
+from clipctl.algo import OBJECTIVES
+from clipctl.ledger import EntropyLedger, EventCounts, RatioProfile, ratio_profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,26 +35,41 @@ class UpdateSums:
     """Sums over the tokens of an update, or of several parts of one added up.
 
     loss: -Σ w·objective. entropy: Σ H, nats. kl: Σ (r - 1 - log r), an unbiased estimate of KL(π_old ‖ π) times tokens.
-    log_ratio_max: largest |log r|.
+    ratio: Σ r. log_ratio_min, log_ratio_max: extremes of log r. profile: the histogram, which holds counts and ledger.
     """
 
     loss: float
     entropy: float
     kl: float
+    ratio: float
+    log_ratio_min: float
     log_ratio_max: float
-    counts: ClipCounts
-    ledger: EntropyLedger
     profile: RatioProfile
+    eps_low: float
+    eps_high: float
+
+    @property
+    def counts(self) -> EventCounts:
+        """Of the ε in force."""
+        return self.profile.counts(self.eps_low, self.eps_high)
+
+    @property
+    def ledger(self) -> EntropyLedger:
+        """Of the ε in force."""
+        return self.profile.ledger(self.eps_low, self.eps_high)
 
     def __add__(self, other: Self) -> "UpdateSums":
+        assert (self.eps_low, self.eps_high) == (other.eps_low, other.eps_high)
         return UpdateSums(
             self.loss + other.loss,
             self.entropy + other.entropy,
             self.kl + other.kl,
+            self.ratio + other.ratio,
+            min(self.log_ratio_min, other.log_ratio_min),
             max(self.log_ratio_max, other.log_ratio_max),
-            self.counts + other.counts,
-            self.ledger + other.ledger,
             self.profile + other.profile,
+            self.eps_low,
+            self.eps_high,
         )
 
 
@@ -66,33 +81,36 @@ class PolicyLoss:
     eps_low: float
     eps_high: float
 
-    def __call__(
-        self, logprob_T: Tensor, old_logprob_T: Tensor, advantages_T: Tensor, weights_T: Tensor
-    ) -> tuple[Tensor, ClipCounts]:
-        """-Σ_t w_t · objective_t over the tokens of one micro-batch, to be minimised, and its counts.
+    def __call__(self, logprob_T: Tensor, old_logprob_T: Tensor, advantages_T: Tensor, weights_T: Tensor) -> Tensor:
+        """-Σ_t w_t · objective_t over the tokens of one micro-batch, to be minimised.
 
         advantages_T: of each token's response. weights_T: w_t of the whole optimizer batch (design: loss weight).
         """
-        mask_T = torch.ones_like(logprob_T, dtype=torch.bool)
-        objective_T, counts = OBJECTIVES[self.objective](
-            logprob_T, old_logprob_T, advantages_T, mask_T, eps_low=self.eps_low, eps_high=self.eps_high
+        objective_T = OBJECTIVES[self.objective](
+            logprob_T, old_logprob_T, advantages_T, eps_low=self.eps_low, eps_high=self.eps_high
         )
-        return -(weights_T * objective_T).sum(), counts
+        return -(weights_T * objective_T).sum()
 
-    def sums(self, loss: float, counts: ClipCounts, tokens: UpdateTokens) -> UpdateSums:
+    def sums(self, loss: float, tokens: UpdateTokens) -> UpdateSums:
         """What the store keeps of the tokens of an optimizer batch."""
         log_ratio_T = (tokens.logprob_T - tokens.old_logprob_T).double()
-        given = (tokens.logprob_T, tokens.old_logprob_T, tokens.advantages_T, tokens.entropy_T, tokens.expected_q_T)
-        low, high, weights_T = self.eps_low, self.eps_high, tokens.weights_T
-        mask_T = torch.ones_like(log_ratio_T, dtype=torch.bool)
+        excess_T = torch.expm1(log_ratio_T)
+        low, high = torch.aminmax(log_ratio_T)
+        scalars = torch.stack([tokens.entropy_T.sum(dtype=torch.float64), excess_T.sum(), log_ratio_T.sum(), low, high])
+        entropy, excess, log_ratio, least, most = scalars.tolist()
+        profile = ratio_profile(
+            tokens.logprob_T,
+            tokens.old_logprob_T,
+            tokens.advantages_T,
+            tokens.entropy_T,
+            tokens.expected_q_T,
+            tokens.weights_T,
+            eps_low=self.eps_low,
+            eps_high=self.eps_high,
+        )
+        size = len(log_ratio_T)
         return UpdateSums(
-            loss=loss,
-            entropy=float(tokens.entropy_T.sum(dtype=torch.float64)),
-            kl=float((torch.expm1(log_ratio_T) - log_ratio_T).sum()),
-            log_ratio_max=float(log_ratio_T.abs().max()),
-            counts=counts,
-            ledger=entropy_ledger(*given, mask_T, eps_low=low, eps_high=high, weight=weights_T),
-            profile=ratio_profile(*given, weights_T, eps_low=low, eps_high=high),
+            loss, entropy, excess - log_ratio, size + excess, least, most, profile, self.eps_low, self.eps_high
         )
 
     def pull(

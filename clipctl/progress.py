@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def show_progress(steps: int) -> Iterator[Callable[["Report"], None]]:
-    """A function that takes each rollout's report and shows it."""
+def show_progress(steps: int) -> Iterator[tuple[Callable[["Report"], None], Callable[[str], None]]]:
+    """Two functions: one takes each rollout's report and shows it, one takes a warning and prints it above the bar."""
     if not sys.stderr.isatty():
-        yield print_line
+        yield lambda report: print_line(plain_line(report)), print_line
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,13 +28,16 @@ def show_progress(steps: int) -> Iterator[Callable[["Report"], None]]:
     )
     with Progress(*columns, console=Console(stderr=True), expand=False) as progress:
         task = progress.add_task("starting", total=steps)
-        yield lambda report: progress.update(task, completed=report.rollout + 1, description=figures(report))
+        yield (
+            lambda report: progress.update(task, completed=report.rollout + 1, description=figures(report)),
+            lambda line: progress.console.print(line, markup=False, highlight=False, soft_wrap=True),
+        )
 
 
-def print_line(report: "Report") -> None:
+def print_line(line: str) -> None:
     """One line on stderr; a reader of the log that has gone away does not end a run."""
     with suppress(BrokenPipeError):
-        print(plain_line(report), file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
 
 
 def figures(report: "Report") -> str:

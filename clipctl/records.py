@@ -67,6 +67,11 @@ def response_means(values_T: NDArray[np.float64], lengths_R: NDArray[np.int64]) 
     return np.asarray(sums_R / lengths_R)
 
 
+def mean_entropy(trained: Sequence[Group], old: Scores) -> float:
+    """Eq. 4: the mean over responses of the mean over their tokens, nats."""
+    return float(response_means(old.entropy_T.double().numpy(), pack(trained).lengths_R).mean())
+
+
 def rollout_row(
     sampled: Sequence[Group], trained: Sequence[Group], old: Scores | None, refills: int, seconds: Seconds
 ) -> dict[str, Any]:
@@ -147,19 +152,19 @@ def update_row(inner_step: int, update: Update, lr: float) -> dict[str, Any]:
         "grad_norm": update.result.grad_norm,
         "lr": lr,
         "responses": update.responses,
-        "tokens": int(counts.tokens),
-        "tokens_advantage": int(counts.tokens_advantage),
+        "tokens": counts.tokens,
+        "tokens_advantage": counts.tokens_advantage,
         "eps_low": update.loss.eps_low,
         "eps_high": update.loss.eps_high,
-        "clip_low": int(counts.clip_low),
-        "clip_high": int(counts.clip_high),
-        "ratio_low": int(counts.ratio_low),
-        "ratio_high": int(counts.ratio_high),
-        "ratio_sum": float(counts.ratio_sum),
-        "ratio_min": float(counts.ratio_min),
-        "ratio_max": float(counts.ratio_max),
+        "clip_low": counts.clip_low,
+        "clip_high": counts.clip_high,
+        "ratio_low": counts.ratio_low,
+        "ratio_high": counts.ratio_high,
+        "ratio_sum": sums.ratio,
+        "ratio_min": float(np.exp(sums.log_ratio_min)),
+        "ratio_max": float(np.exp(sums.log_ratio_max)),
         "kl_sum": sums.kl,
-        "noise_max": sums.log_ratio_max if inner_step == 0 else None,
+        "noise_max": max(-sums.log_ratio_min, sums.log_ratio_max) if inner_step == 0 else None,
         "entropy_token_sum": sums.entropy,
         **{f"pg_{name}": getattr(ledger.pg, name) for name in ("reward", "clip_low", "clip_high")},
         **{f"npg_{name}": getattr(ledger.npg, name) for name in ("reward", "clip_low", "clip_high")},
@@ -244,7 +249,7 @@ def rollout_facts(rollout: int, row: Mapping[str, Any], updates: Sequence[Update
         entropy=row["entropy_response_sum"] / row["responses_scored"] if row["responses_scored"] else None,
         groups=row["prompts"],
         groups_zero_advantage=row["groups_zero_advantage"],
-        clipped=sum(int(count.clip_low) + int(count.clip_high) for count in counts),
+        clipped=sum(count.clip_low + count.clip_high for count in counts),
         clippable=on and len(updates) > 1 and spec.loss.objective == "clip",
         **{name: sum(getattr(update.result.sums.ledger, name) for update in updates) for name in MASSES},
     )

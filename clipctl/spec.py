@@ -271,8 +271,8 @@ class Ledger(Group):
 
     probe_states: Annotated[int, Field(ge=0, le=2**20)] = 256
     """States of each rollout whose whole distribution is kept and compared, spread over the responses; 0: none."""
-    probe_every: Count = 16
-    """Every N-th update of a rollout is probed, counted back from its last one."""
+    probe_every: Count = 64
+    """Every N-th update of a rollout is probed, counted back from its last one, which always is."""
     network_every: Annotated[int, Field(ge=0)] = 0
     """At every N-th update, counted back from the last, the change of entropy is predicted through the network; 0: never."""
 
@@ -292,9 +292,9 @@ class Control(Group):
     """The ε that is moved; the other one stays as `clip` has it."""
     bounds: Annotated[tuple[Positive, Positive], Field(strict=False)] = (0.01, 0.9)
     """Smallest and largest ε."""
-    gain: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """Share of the distance to the target that one rollout is asked to cover."""
-    integral: NonNegative = 0.1
+    gain: Positive = 5.0
+    """Share of the pull that ε can add which is asked for at each unit of (target - entropy) / target, up to all of it."""
+    integral: NonNegative = 0.3
     """Change of log ε a rollout for each unit of (entropy - target) / target."""
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ renamed, with a digest of its content in the name; the `rollouts` segment comes 
 `metrics.duckdb` is built as a new file and renamed, so nothing ever waits for a lock. Readers open an in-memory database,
 take what each run's `metrics.duckdb` holds and the committed segments that it does not, and never write into a run.
 
-Sums and counts are stored, the views make the means; empty is NULL, never NaN. This is the only module with SQL.
+Sums and counts are stored, the views make the means; empty is NULL, never NaN. All tables and views are made here.
 """
 
 import json
@@ -654,6 +654,12 @@ def _current(table: str) -> str:
     )
 
 
+def _shares(prefix: str, parts: Sequence[str], named: str) -> str:
+    """Summed parts as shares of what pulls at all."""
+    gross = " + ".join(f"abs(sum({prefix}{part}))" for part in parts)
+    return ", ".join(f"sum({prefix}{part}) / nullif({gross}, 0) as {named}{part}" for part in parts)
+
+
 VIEWS: dict[str, str] = {
     "rollouts": f"""create view rollouts as select
         run_id, attempt, rollout, prompts, responses, tokens,
@@ -722,6 +728,31 @@ VIEWS: dict[str, str] = {
         case when isnan(regr_slope(entropy_change, {name})) then null else regr_slope(entropy_change, {name}) end as slope
         from probes group by run_id having count({name}) > 0"""
         for name in ("ledger_pg", "ledger_npg", "network_total")
+    ),
+    "ledger": "create view ledger as "
+    + " union all ".join(
+        [
+            f"""select run_id, '{step}' as step, count({name}_reward) as updates,
+        {_shares(f"{name}_", ("reward", "clip_low", "clip_high"), "pull_")},
+        null::double as pull_momentum, null::double as pull_decay,
+        avg(({name}_clip_low > 0)::int) filter (clip_low > 0) as clip_low_up,
+        avg(({name}_clip_high < 0)::int) filter (clip_high > 0) as clip_high_down,
+        avg((x_{name} >= 0)::int) filter (x_mass > 0) as inequality_low,
+        avg((y_{name} >= 0)::int) filter (y_mass > 0) as inequality_high,
+        any_value(sign_agreement) as sign_agreement, any_value(correlation) as correlation, null::double as slope
+        from updates left join (select * from predictions where predictor = 'ledger_{name}') using (run_id)
+        group by run_id having count({name}_reward) > 0"""
+            for name, step in (("pg", "1 policy gradient"), ("npg", "2 natural gradient"))
+        ]
+        + [
+            f"""select run_id, '3 through the network', count(network_total),
+        {_shares("network_", NETWORK[1:], "pull_")},
+        avg((network_clip_low > 0)::int) filter (network_clip_low <> 0),
+        avg((network_clip_high < 0)::int) filter (network_clip_high <> 0), null, null,
+        any_value(sign_agreement), any_value(correlation), any_value(slope)
+        from probes left join (select * from predictions where predictor = 'network_total') using (run_id)
+        group by run_id having count(network_total) > 0"""
+        ]
     ),
     "noise": f"create view noise as select * from {_current('noise')}",
     "texts": f"create view texts as select * from {_current('texts')}",
@@ -841,6 +872,21 @@ METRICS: dict[str, str] = {
             "gap8_high": "y_npg / y_mass",
         }.items()
     },
+    **{
+        f"pull_{part}": f"sum of the {what} over all updates (or probes) / Σ over the parts of |their sums|"
+        for part, what in {
+            "reward": "reward terms",
+            "clip_low": "clip-low terms",
+            "clip_high": "clip-high terms",
+            "momentum": "network_momentum",
+            "decay": "network_decay",
+        }.items()
+    },
+    "clip_low_up": "share of updates with clip_low > 0 whose clip-low term is positive",
+    "clip_high_down": "share of updates with clip_high > 0 whose clip-high term is negative",
+    "inequality_low": "share of updates with X not empty in which the low side of (7) (policy gradient) or (8) (natural) holds",
+    "inequality_high": "the same of the high side, with Y",
+    "updates": "updates (or probes) that the row is made of",
     "probed": "probed updates that have the prediction",
     "sign_agreement": "share of them in which prediction and observed change have one sign",
     "correlation": "Pearson correlation of observed change and prediction",

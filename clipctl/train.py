@@ -6,12 +6,15 @@ updates run, so the ratio at inner step 0 is 1 by construction; a group is never
 entropy bonus. Dimension letters as in `clipctl.rollout`.
 """
 
+import json
+import operator
 import secrets
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import reduce
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType
@@ -22,6 +25,7 @@ import torch
 
 from clipctl.alarms import RolloutFacts, new_alarms
 from clipctl.algo import group_advantages, overlong_penalty
+from clipctl.control import TOLERANCE, ControlState, held, next_action, start_control
 from clipctl.engine import EnginePair, Measure, Scores, open_engine
 from clipctl.errors import AlarmStop, DataError, DivergedError, EngineError, Interrupted, SpecError
 from clipctl.loss import PolicyLoss
@@ -31,6 +35,7 @@ from clipctl.records import (
     Group,
     Seconds,
     Update,
+    mean_entropy,
     noise_columns,
     pack,
     rollout_facts,
@@ -136,7 +141,6 @@ def train(
             job = Job(spec, data, tokenizer, params, scorer, engine, writer, report, warn)
             note_choices(job)
             run_rollouts(job)
-            save_model(job, spec.run.steps)
         except KeyboardInterrupt:
             writer.close("interrupted", "stopped by hand")
             raise Interrupted(f"stopped by hand; what was measured is in {writer.folder}") from None
@@ -164,6 +168,8 @@ def run_rollouts(job: Job) -> None:
     spec, engine = job.spec, job.engine
     position = 0
     history: list[RolloutFacts] = []
+    control: ControlState | None = None
+    updates: list[Update] = []
     for rollout in range(spec.run.steps):
         drawn = draw_groups(job, rollout, position)
         position = drawn.next_position
@@ -173,7 +179,7 @@ def run_rollouts(job: Job) -> None:
         old = engine.trainer.score(batch) if batch is not None else None
         scored = perf_counter()
         noise = measure_noise(job, batch, trained, old) if rollout == 0 else {}
-        loss = PolicyLoss(spec.loss.objective, spec.clip.low, spec.clip.high)
+        control, loss = choose_clip(job, rollout, control, None if old is None else mean_entropy(trained, old), updates)
         updates = run_updates(job, rollout, batch, old, loss)
         engine.sampler.update_weights(engine.trainer.weights(), version=rollout + 1)
         seconds = Seconds(drawn.seconds_sample, drawn.seconds_reward, scored - started, perf_counter() - scored)
@@ -181,9 +187,10 @@ def run_rollouts(job: Job) -> None:
         job.writer.write_rollout(rollout, row, rollout_tables(spec, drawn.groups, trained, old, updates) | noise)
         job.report(make_report(spec, rollout, row, updates, seconds))
         history.append(rollout_facts(rollout, row, updates, spec))
-        raise_alarms(job, history)
-        if spec.checkpoint.every and (rollout + 1) % spec.checkpoint.every == 0 and rollout + 1 < spec.run.steps:
-            save_model(job, rollout + 1)
+        raise_alarms(job, history, control)
+        if rollout + 1 == spec.run.steps or (spec.checkpoint.every and (rollout + 1) % spec.checkpoint.every == 0):
+            save_model(job, rollout + 1, control)
+    note_control(job, control)
 
 
 def run_updates(job: Job, rollout: int, batch: Batch | None, old: Scores | None, loss: PolicyLoss) -> list[Update]:
@@ -200,6 +207,32 @@ def run_updates(job: Job, rollout: int, batch: Batch | None, old: Scores | None,
         Update(len(rows), loss, trainer.step(batch, rows, old, loss, measure))
         for rows, measure in zip(steps, measures, strict=True)
     ]
+
+
+def choose_clip(
+    job: Job, rollout: int, state: ControlState | None, entropy: float | None, before: Sequence[Update]
+) -> tuple[ControlState | None, PolicyLoss]:
+    """The ε of this rollout's updates: the spec's, or what the controller makes of the last rollout's profile.
+
+    entropy: of this rollout, nats; None, and no updates before, where dynamic sampling found nothing to train on.
+    """
+    spec = job.spec
+    asked = PolicyLoss(spec.loss.objective, spec.clip.low, spec.clip.high)
+    if spec.control.target_entropy is None or entropy is None:
+        return state, asked
+    low = spec.control.actuator == "eps_low"
+    mine, other = (asked.eps_low, asked.eps_high) if low else (asked.eps_high, asked.eps_low)
+    if state is None:
+        return start_control(spec.control, mine, entropy), asked
+    if not before:
+        return state, asked
+    profile = reduce(operator.add, (update.result.sums.profile for update in before)).columns()
+    state, action = next_action(state, spec.control, entropy, profile, other)
+    chosen = (action.eps, other) if low else (other, action.eps)
+    job.writer.event("control", action.reason, rollout=rollout, data=action.data)
+    if action.stuck:
+        tell(job, "control_limit", action.stuck, rollout, action.data)
+    return state, PolicyLoss(spec.loss.objective, *chosen)
 
 
 def measure_of(ledger: Ledger, before_last: int) -> Measure:
@@ -344,7 +377,7 @@ def measure_noise(job: Job, batch: Batch | None, trained: Sequence[Group], old: 
     return {"noise": noise_columns(log_ratios)}
 
 
-def raise_alarms(job: Job, history: Sequence[RolloutFacts]) -> None:
+def raise_alarms(job: Job, history: Sequence[RolloutFacts], control: ControlState | None) -> None:
     """Tells the alarms that begin with this rollout. Raises AlarmStop, with the model saved, for one of `run.stop_on`."""
     alarms = new_alarms(history, job.spec.alarms)
     rollout = history[-1].rollout
@@ -352,7 +385,7 @@ def raise_alarms(job: Job, history: Sequence[RolloutFacts]) -> None:
         tell(job, "alarm", f"{alarm}: {reason}", rollout, {"alarm": alarm})
     stopping = [alarm for alarm in alarms if alarm in job.spec.run.stop_on]
     if stopping:
-        save_model(job, rollout + 1)
+        save_model(job, rollout + 1, control)
         raise AlarmStop(f"stopped by the alarm {stopping[0]} after rollout {rollout}: {alarms[stopping[0]]}")
 
 
@@ -362,11 +395,28 @@ def tell(job: Job, kind: str, message: str, rollout: int, data: dict[str, Any]) 
     job.warn(f"{kind}: {message}")
 
 
-def save_model(job: Job, rollouts: int) -> None:
-    """The policy after so many rollouts, as `checkpoints/<rollouts>`, a folder that transformers loads."""
+def save_model(job: Job, rollouts: int, control: ControlState | None) -> None:
+    """The policy after so many rollouts, as `checkpoints/<rollouts>`, a folder that transformers loads, and the
+    controller's state beside it."""
     with job.writer.new_checkpoint(rollouts) as folder:
         job.engine.trainer.save(folder)
         job.tokenizer.save(folder)
+        if control is not None:
+            (folder / "control.json").write_text(json.dumps(asdict(control)))
+
+
+def note_control(job: Job, control: ControlState | None) -> None:
+    """At the end of a controlled run: whether the target was held over its second half."""
+    if control is None:
+        return
+    worst, within = held(control)
+    words = f"within ±{100 * TOLERANCE:g} % of" if within else "not within reach of"
+    message = f"the second half of the run was {words} {control.target:.4g} nat: at most {100 * worst:.1f} % away"
+    data = {"target": control.target, "worst": worst, "held": within}
+    if within:
+        job.writer.event("control_end", message, rollout=job.spec.run.steps - 1, data=data)
+    else:
+        tell(job, "control_end", message, job.spec.run.steps - 1, data)
 
 
 def make_report(
@@ -374,14 +424,14 @@ def make_report(
 ) -> Report:
     """The rollout in a line."""
     counts = [update.result.sums.counts for update in updates]
-    tokens = sum(int(count.tokens) for count in counts)
+    tokens = sum(count.tokens for count in counts)
     return Report(
         rollout=rollout,
         steps=spec.run.steps,
         reward=row["reward_sum"] / row["responses"],
         entropy=row["entropy_response_sum"] / row["responses_scored"] if row["responses_scored"] else None,
-        clip_low=sum(int(count.clip_low) for count in counts) / max(tokens, 1),
-        clip_high=sum(int(count.clip_high) for count in counts) / max(tokens, 1),
+        clip_low=sum(count.clip_low for count in counts) / max(tokens, 1),
+        clip_high=sum(count.clip_high for count in counts) / max(tokens, 1),
         response_tokens=row["tokens"] / row["responses"],
         tokens_per_second=row["tokens"] / seconds.total,
         seconds=seconds.total,

@@ -74,7 +74,7 @@ def what_if(profile_N: Mapping[str, NDArray[np.generic]], *, eps_low: float, eps
     for algorithm in ("pg", "npg"):
         value = np.asarray(profile_N[algorithm], dtype=np.float64)
         pulls[algorithm] = Pull(
-            float((sign * value).sum()), float((value * negative).sum()), -float((value * positive).sum())
+            float((sign * value).sum()), float((value * negative).sum()), 0.0 - float((value * positive).sum())
         )
     inside = [(share > 0) & (share < 1) for share in (low_N, high_N)]
     return WhatIf(

@@ -180,7 +180,9 @@ def test_the_exact_side_is_the_definition_by_enumeration() -> None:
         assert getattr(result.exact, f"{event}_npg") == pytest.approx((p * gap8).sum(), rel=1e-3)
     assert result.entropy_before == pytest.approx(entropy.sum(), rel=1e-5)
     ours.model.double()
-    assert result.entropy_after == pytest.approx(-sum((np.exp(z) * z).sum() for z in log_probs(ours.model, chosen)), rel=1e-5)
+    assert result.entropy_after == pytest.approx(
+        -sum((np.exp(z) * z).sum() for z in log_probs(ours.model, chosen)), rel=1e-5
+    )
 
 
 def log_probs(model: Any, chosen: list[tuple[int, int]]) -> np.ndarray:
@@ -202,7 +204,9 @@ def test_sampled_estimates_converge_to_the_exact_sides(tmp_path: Path) -> None:
     prompts = [[int(n) for n in rng.integers(10, 30, 8)] for _ in range(8)]
     states = Batch(prompts, [rng.integers(10, 40, 12).tolist() for _ in range(8)], rng.normal(size=8), group_size=4)
     the_spec = load_spec("tiny", {"optim.responses_per_update": 8, "rollout.prompts": 1, "optim.lr": 3e-4})
-    ours = TorchTrainer(use_grouped_attention(load_causal_lm(find_model("tiny", pull=False), "float32", "cpu")), the_spec)
+    ours = TorchTrainer(
+        use_grouped_attention(load_causal_lm(find_model("tiny", pull=False), "float32", "cpu")), the_spec
+    )
     old = ours.score(states)
     ours.keep_probe(states, spread_states(states.lengths_R, 24, KEY))
     for _ in range(20):
@@ -234,7 +238,13 @@ def test_sampled_estimates_converge_to_the_exact_sides(tmp_path: Path) -> None:
 
 def test_measuring_does_not_change_the_run(tmp_path: Path) -> None:
     """Weights, losses and samples are the same, bit for bit, with no probe and with every update through the network."""
-    small = {"run.steps": 2, "rollout.prompts": 8, "rollout.group_size": 4, "optim.responses_per_update": 16, "optim.epochs": 2}
+    small = {
+        "run.steps": 2,
+        "rollout.prompts": 8,
+        "rollout.group_size": 4,
+        "optim.responses_per_update": 16,
+        "optim.epochs": 2,
+    }
     series, models = [], []
     for name, states, every in (("plain", 0, 0), ("probed", 64, 1)):
         changes = {"run.name": name, "ledger.probe_states": states, "ledger.network_every": every}

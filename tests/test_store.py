@@ -443,7 +443,7 @@ def test_only_one_select_over_the_runs_is_taken(writer: RunWriter, query: str) -
 def test_every_number_of_the_views_has_a_formula(writer: RunWriter) -> None:
     write(writer, 0)
     keys = {"run_id", "attempt", "rollout", "inner_step", "prompt_id", "position", "sample", "outcome", "text", "token",
-            "token_id", "time", "kind", "message", "data", "predictor", "source"}  # fmt: skip
+            "token_id", "time", "kind", "message", "data", "predictor", "source", "step"}  # fmt: skip
     with open_runs(writer.folder) as runs:
         columns = {name for view in VIEWS for name in runs.sql(f"select * from {view}").columns}
     assert columns - keys == set(METRICS)
@@ -458,7 +458,9 @@ def test_a_run_of_schema_1_is_read_and_folded(name: str, tmp_path: Path) -> None
     for _ in range(2):
         with open_runs(folder) as runs:
             assert runs.sql("select problem from runs").fetchall() == [(None,)]
-            assert runs.sql("select round(entropy, 6), responses from rollouts order by rollout").fetchall() == ENTROPIES_1
+            assert (
+                runs.sql("select round(entropy, 6), responses from rollouts order by rollout").fetchall() == ENTROPIES_1
+            )
             assert runs.sql("select count(*), count(pg_total), count(gap7_low) from updates").fetchall() == [(4, 0, 0)]
             assert runs.sql("select count(*), count(text) from samples").fetchall() == [(16, 16)]
             for table in ("histograms", "probes", "noise", "predictions"):

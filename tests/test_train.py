@@ -197,7 +197,9 @@ def test_a_prompt_that_is_too_long_is_left_out_with_an_event(tmp_path: Path) -> 
         "run.steps": 1,
     }
     folder = run(tmp_path, overrides=overrides)
-    assert rows(folder, "select kind, data->>'left_out' from events where kind <> 'alarm'") == [("prompts_left_out", "1")]
+    assert rows(folder, "select kind, data->>'left_out' from events where kind <> 'alarm'") == [
+        ("prompts_left_out", "1")
+    ]
     with pytest.raises(DataError, match=r"rollout\.max_prompt_tokens = 2: all 2 prompts are longer"):
         run(tmp_path, overrides=overrides | {"rollout.max_prompt_tokens": 2})
 

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipctl import load_spec, open_runs
+from clipctl.algo import clipped_surrogate
 from clipctl.ledger import EntropyLedger, RatioProfile, entropy_ledger, ratio_profile
+from clipctl.loss import PolicyLoss, UpdateTokens
 from clipctl.train import train
 from clipctl.whatif import HIGH, LOW, WhatIf, share_below, what_if
 
@@ -78,7 +80,9 @@ def tokens(seed: int, size: int = 400) -> list[torch.Tensor]:
     return [old + ratio.log(), old, advantages, torch.rand(size, generator=rng), torch.randn(size, generator=rng)]
 
 
-def profile_and_ledger(seed: int, run_eps: tuple[float, float], asked: tuple[float, float]) -> tuple[WhatIf, EntropyLedger, RatioProfile]:
+def profile_and_ledger(
+    seed: int, run_eps: tuple[float, float], asked: tuple[float, float]
+) -> tuple[WhatIf, EntropyLedger, RatioProfile]:
     given, weight = tokens(seed), torch.rand(400, generator=torch.Generator().manual_seed(seed))
     profile = ratio_profile(*given, weight, eps_low=run_eps[0], eps_high=run_eps[1])
     mask = torch.ones(400, dtype=torch.bool)
@@ -107,6 +111,31 @@ def check(found: WhatIf, ledger: EntropyLedger) -> None:
         scale = abs(theirs.reward) + abs(theirs.clip_low) + abs(theirs.clip_high)
         for name in ("reward", "clip_low", "clip_high", "total"):
             assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=1e-9, abs=1e-12 * scale + 1e-15)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.1, 0.137, 1.0]), st.sampled_from([0.0, 0.2, 0.3333, math.inf]))
+def test_the_sums_of_an_update_are_the_ledger_and_the_counts_of_its_tokens(seed: int, low: float, high: float) -> None:
+    """Against `entropy_ledger` and `clipped_surrogate`, token by token."""
+    given, weight = tokens(seed), torch.rand(400, generator=torch.Generator().manual_seed(seed)).double()
+    logprob, old, advantages, entropy, expected_q = given
+    mask, eps = torch.ones(400, dtype=torch.bool), {"eps_low": low, "eps_high": high}
+    sums = PolicyLoss("clip", low, high).sums(
+        0.0, UpdateTokens(logprob, entropy, expected_q, old, advantages.double(), weight)
+    )
+    counts = clipped_surrogate(logprob, old, advantages, mask, **eps)[1]
+    for name in ("tokens", "tokens_advantage", "clip_low", "clip_high", "ratio_low", "ratio_high"):
+        assert getattr(sums.counts, name) == int(getattr(counts, name)), name
+    ledger = entropy_ledger(*given, mask, **eps, weight=weight)
+    for name in ("x_mass", "x_pg", "x_npg", "y_mass", "y_pg", "y_npg"):
+        assert getattr(sums.ledger, name) == pytest.approx(getattr(ledger, name), rel=1e-9, abs=1e-12)
+    check(WhatIf(0, 0, 0, 0, 0, sums.ledger.pg, sums.ledger.npg, False), ledger)
+    assert sums.ratio == pytest.approx(float(counts.ratio_sum), rel=1e-6)
+    assert math.exp(sums.log_ratio_min) == pytest.approx(float(counts.ratio_min), rel=1e-5)
+    assert math.exp(sums.log_ratio_max) == pytest.approx(float(counts.ratio_max), rel=1e-5)
+    log_ratio = (logprob - old).double().numpy()
+    assert sums.kl == pytest.approx((np.exp(log_ratio) - 1 - log_ratio).sum(), rel=1e-9)
+    assert sums.entropy == pytest.approx(float(entropy.double().sum()), rel=1e-9)
 
 
 def test_profiles_of_parts_add_up() -> None:

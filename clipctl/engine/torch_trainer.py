@@ -7,10 +7,8 @@ metric still counts them.
 """
 
 import math
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipctl.algo import ClipCounts, loss_weights
+from clipctl.algo import loss_weights
 from clipctl.engine import Measure, Scores, UpdateResult
 from clipctl.engine.optimizers import OPTIMIZERS, SPLITS, Step, dot
 from clipctl.engine.torch_probe import TorchProbe, add_gradients
@@ -92,11 +90,11 @@ class TorchTrainer:
         for master in self.masters:
             master.grad = torch.zeros_like(master) if master.grad is None else master.grad.zero_()
         done = [self._accumulate(batch, rows, part, tokens, loss, live) for part, live in self._layout(batch, rows)]
-        value = float(sum(value for value, _ in done))
+        value = float(sum(done))
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, spec.optim.grad_clip))
         if not math.isfinite(value) or not math.isfinite(norm):
             raise DivergedError(f"the update is not finite: loss {value}, gradient norm {norm}; the step was not taken")
-        sums = loss.sums(value, reduce(operator.add, (counts for _, counts in done)), tokens)
+        sums = loss.sums(value, tokens)
         if measure == "sums":
             self._move()
             return UpdateResult(norm, sums)
@@ -198,14 +196,14 @@ class TorchTrainer:
 
     def _accumulate(
         self, batch: Batch, rows: range, part: Sequence[int], tokens: UpdateTokens, loss: PolicyLoss, live: bool
-    ) -> tuple[Tensor, ClipCounts]:
-        """Adds the gradient of one micro-batch to the masters' gradients, and keeps its tokens' statistics."""
+    ) -> Tensor:
+        """Adds the gradient of one micro-batch to the masters' gradients, keeps its tokens' statistics, and returns its loss."""
         lengths_R = batch.lengths_R[rows.start : rows.stop]
         at_T = _flat_places(np.cumsum(lengths_R), lengths_R, [row - rows.start for row in part])
         at_T = at_T.to(tokens.logprob_T.device)
         with torch.set_grad_enabled(live):
             found = self._forward(batch, part)
-            value, counts = loss(
+            value = loss(
                 found.logprob_T,
                 tokens.old_logprob_T[at_T],
                 tokens.advantages_T[at_T].float(),
@@ -220,7 +218,7 @@ class TorchTrainer:
         if live:
             value.backward()  # type: ignore[no-untyped-call]
             self._gather_gradients()
-        return value.detach(), counts
+        return value.detach()
 
     def _gather_gradients(self) -> None:
         """Adds the working copy's gradients to the masters' in float32."""
