@@ -3,9 +3,10 @@
 Entropy integrates what the updates do to it, so the controller asks for a pull, not for an entropy. The profile of the
 last rollout's ratios says, by what-if, which total T(ε) every ε within bounds would have had; between T of the baseline ε
 and the largest (or smallest) T on the side of the baseline where clipping should raise (or lower) entropy it asks for the
-share gain·(H* - H)/H* of the way, and takes the nearest ε that has it. What the profile does not know (shared weights, AdamW) moves the holding ε away from the baseline: the baseline
-follows, in log ε, by integral·(H - H*)/H* a rollout, against the sign in which ε acts. It stands still while the ε that is
-taken lies at a bound and the error would push it further (anti-windup), and never leaves the bounds.
+share gain·(H* - H)/H* of the way, and takes the nearest ε that has it. What the profile does not know (shared weights,
+AdamW) moves the ε that holds entropy: the baseline follows, in log ε, by integral·(H - H*)/H* a rollout against the sign
+in which ε acts. It stands still while the ε that is taken lies at a bound and the error would push it further
+(anti-windup), and never leaves the bounds.
 """
 
 import math

@@ -9,9 +9,11 @@ from clipctl.models import ModelShape, model_shape
 from clipctl.spec import RunSpec
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
-ROW_BYTES = {"samples": 90, "updates": 150, "rollouts": 300, "tokens": 16}
+ROW_BYTES = {"samples": 90, "updates": 300, "rollouts": 300, "tokens": 16, "histograms": 20}
 """Compressed bytes of a stored row, measured on the embedded model's runs; texts come on top."""
 TEXT_BYTES_PER_TOKEN = 2
+BINS = 3 * 56
+"""Rows of one update's histogram at most, signs × bins; embedded-model runs fill about 50."""
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**23}
 """Logits of one chunk of the statistics pass, as in `clipctl.statistics`, which needs torch."""
 CHUNK_BUFFERS, SAMPLING_BUFFERS = 3, 6
@@ -20,8 +22,11 @@ HIDDEN_KEPT = {"bfloat16": 11, "float32": 9}
 """Tensors of the hidden size that autograd keeps a token and layer, next to 4 of the gated MLP's; measured by its
 saved tensors on Llama layers (8.5-8.7 and 10.5-10.7: norms keep float32 copies of 16-bit values)."""
 LARGE_GPU = 80 * GIB
+PROBES = "log-probs of π_old in the probe states"
+NETWORK = "gradients of entropy and of the objective's parts, weights before the step"
 KV_CACHE, SAMPLING = "KV cache of the sampler, at most", "logits of a sampling step"
 ACTIVATIONS, STATISTICS = "activations of a micro-batch, estimated", "statistics"
+OPTIMIZER_WORDS = {"adamw": "AdamW", "sgd": "SGD"}
 WEIGHT_WORDS = {
     "token_mean": "1/N for each of the N response tokens of an update (token mean)",
     "sequence_mean": "1/(B·T_i): each of the B responses of an update counts the same, whatever its length T_i",
@@ -153,7 +158,9 @@ def memory(spec: RunSpec, shape: ModelShape) -> dict[str, int]:
         held["bfloat16 gradients"] = 2 * count
     return held | {
         "float32 gradients": 4 * count,
-        "AdamW moments": 8 * count,
+        **({"AdamW moments": 8 * count} if spec.optim.optimizer == "adamw" else {}),
+        **({PROBES: 4 * spec.ledger.probe_states * shape.vocabulary} if spec.ledger.probe_states else {}),
+        **({NETWORK: 20 * count} if spec.ledger.network_every else {}),
         KV_CACHE: rows * columns * shape.kv_values_per_token * width,
         SAMPLING: SAMPLING_BUFFERS * 4 * rows * shape.vocabulary,
         ACTIVATIONS: tokens * kept * width,
@@ -183,6 +190,7 @@ def disk_per_rollout(spec: RunSpec) -> int:
     share = {"none": 0.0, "all": 1.0}.get(str(spec.store.tokens))
     kept = float(spec.store.tokens) if share is None else share
     rows = ROW_BYTES["rollouts"] + spec.updates_per_rollout * ROW_BYTES["updates"] + samples * ROW_BYTES["samples"]
+    rows += spec.updates_per_rollout * BINS * ROW_BYTES["histograms"]
     texts = TEXT_BYTES_PER_TOKEN * tokens if spec.store.texts else 0
     return rows + texts + int(kept * spec.responses * spec.rollout.max_response_tokens * ROW_BYTES["tokens"])
 
@@ -207,10 +215,12 @@ def plan_lines(plan: Plan) -> list[str]:
             "updates",
             f"{_count(plan.updates, 'update')} per rollout, {spec.optim.responses_per_update} responses each "
             f"({_count(spec.optim.responses_per_update // spec.rollout.group_size, 'whole group')}), "
-            f"AdamW lr {spec.optim.lr:g}",
+            f"{OPTIMIZER_WORDS[spec.optim.optimizer]} lr {spec.optim.lr:g}",
         ),
         _more(_clippable_words(plan)),
         _line("clip", _clip_words(spec)),
+        *_control_lines(spec),
+        _line("ledger", _ledger_words(plan)),
         _line("loss weight", _weight_words(spec)),
     ]
     if plan.zero_advantage_share is not None:
@@ -281,6 +291,31 @@ def _clip_words(spec: RunSpec) -> str:
     if spec.loss.objective == "reinforce":
         return "none, objective reinforce"
     return f"{_side('clip-low', 'ε_low', spec.clip.low, 1.0)}, {_side('clip-high', 'ε_high', spec.clip.high, float('inf'))}"
+
+
+def _control_lines(spec: RunSpec) -> list[str]:
+    control = spec.control
+    if control.target_entropy is None:
+        return []
+    target = "that of the first rollout" if control.target_entropy == "initial" else f"{control.target_entropy:g} nat"
+    name = control.actuator.replace("eps", "ε")
+    return [
+        _line(
+            "control",
+            f"from the second rollout on {name} is set within {control.bounds[0]:g} … {control.bounds[1]:g} so that entropy "
+            f"goes to {target}",
+        )
+    ]
+
+
+def _ledger_words(plan: Plan) -> str:
+    ledger, updates = plan.spec.ledger, plan.updates
+    if not ledger.probe_states:
+        return "sums of every update, no probe states"
+    network = -(-updates // ledger.network_every) if ledger.network_every else 0
+    marks = {step for every in (ledger.probe_every, ledger.network_every) if every for step in range(0, updates, every)}
+    words = f"{ledger.probe_states} probe states, at {len(marks)} of {_count(updates, 'update')} per rollout"
+    return f"{words}, {network} of them also through the network" if network else words
 
 
 def _side(name: str, symbol: str, value: float, off: float) -> str:

@@ -45,8 +45,14 @@ def test_collapse_and_explosion_need_the_whole_window() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("x_pg", "(7) of clip-low"), ("y_pg", "(7) of clip-high"), ("x_npg", "(8) of clip-low"), ("y_npg", "(8) of clip-high")]
-)  # fmt: skip
+    ("name", "text"),
+    [
+        ("x_pg", "(7) of clip-low"),
+        ("y_pg", "(7) of clip-high"),
+        ("x_npg", "(8) of clip-low"),
+        ("y_npg", "(8) of clip-high"),
+    ],
+)
 def test_an_inequality_fails_when_it_does_so_in_every_rollout_of_the_window(name: str, text: str) -> None:
     failing = history(1.0, 1.0, 1.0, **{name: -0.05})
     assert text in standing_alarms(failing, LIMITS)["inequality"]

@@ -61,6 +61,47 @@ def test_the_missions_line_answers_without_gpu_and_network() -> None:
     assert done.stderr == ""
 
 
+def test_views_of_a_run(tmp_path: Path) -> None:
+    """The ledger and what-if, in table and JSON, and what is said of wrong grids and views."""
+    runs = str(tmp_path / "runs")
+    small = ["--set", "rollout.prompts=8", "--set", "optim.lr=3e-4", "--steps", "2", "--runs-dir", runs, "--name", "a"]
+    assert clipctl("train", "--preset", "tiny", *small).returncode == 0
+    ledger = json.loads(clipctl("analyze", runs, "--view", "ledger", "--format", "json").stdout)["rows"]
+    assert [row["step"] for row in ledger] == ["1 policy gradient", "2 natural gradient", "3 through the network"]
+    for row in ledger:
+        shares = [row[name] for name in row if name.startswith("pull_") and row[name] is not None]
+        assert sum(map(abs, shares)) == pytest.approx(1)
+    assert "high down" in clipctl("analyze", runs, "--view", "ledger").stdout
+    grid = ["--grid", "clip.low=0.1,0.137", "--grid", "clip.high=0.2,inf"]
+    rows = json.loads(clipctl("analyze", runs, "--view", "what-if", *grid, "--format", "json").stdout)["rows"]
+    assert [(row["eps_low"], row["eps_high"], row["note"]) for row in rows] == [
+        (0.1, 0.1, "as run"),
+        (0.1, 0.2, "first order"),
+        (0.1, "Infinity", "first order"),
+        (0.137, 0.2, "first order, interpolated"),
+        (0.137, "Infinity", "first order, interpolated"),
+    ]
+    assert rows[2]["pg_clip_high"] == rows[2]["clip_high_percent"] == 0
+    query = "select sum(pg_clip_low) as low, 100 * sum(clip_high) / sum(tokens) as high from updates"
+    (recorded,) = json.loads(clipctl("analyze", runs, "--sql", query, "--format", "json").stdout)["rows"]
+    assert rows[0]["pg_clip_low"] == pytest.approx(recorded["low"], rel=1e-6)
+    assert rows[0]["clip_high_percent"] == pytest.approx(recorded["high"])
+    for arguments, words in (
+        (["--view", "frontier"], "--view: 'frontier' is not one of overview, ledger, what-if"),
+        (
+            ["--view", "what-if", "--grid", "clip.mid=1"],
+            "'clip.mid=1' must be clip.low=V1,V2,... or clip.high=V1,V2,...",
+        ),
+        (["--view", "what-if", "--grid", "clip.low=1.5"], "clip.low = 1.5 is not from 0 to 1"),
+        (["--view", "what-if", "--grid", "clip.high=a"], "'a' in 'clip.high=a' is not a number"),
+        (["--grid", "clip.high=1"], "belongs to --view what-if"),
+        (["--view", "ledger", "--sql", "select 1"], "leave --view and --grid out"),
+    ):
+        refused = clipctl("analyze", runs, *arguments)
+        assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+        assert words in refused.stderr
+
+
 def test_dry_run_starts_nothing(tmp_path: Path) -> None:
     assert clipctl("train", "--preset", "tiny", "--dry-run", "--runs-dir", str(tmp_path / "runs")).returncode == 0
     assert not (tmp_path / "runs").exists()
@@ -74,8 +115,7 @@ def test_a_run_and_its_analysis(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{runs}/a"
     lines = done.stderr.splitlines()
-    assert lines[0].startswith("rollout 1/2  reward ")
-    assert len(lines) == 2
+    assert [line.split("  ")[0] for line in lines if not line.startswith("alarm: ")] == ["rollout 1/2", "rollout 2/2"]
     query = "select name, eps_low, eps_high, state from runs"
     answer = json.loads(clipctl("analyze", runs, "--sql", query, "--format", "json").stdout)
     assert answer["rows"] == [{"name": "a", "eps_low": 0.15, "eps_high": "Infinity", "state": "finished"}]

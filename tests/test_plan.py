@@ -12,8 +12,11 @@ from clipctl.engine.attention import use_grouped_attention
 from clipctl.models import MODELS, ModelShape
 from clipctl.plan import (
     ACTIVATIONS,
+    BINS,
     CHUNK_ELEMENTS,
     KV_CACHE,
+    NETWORK,
+    PROBES,
     SAMPLING,
     STATISTICS,
     clip_warnings,
@@ -147,13 +150,39 @@ def test_memory_that_is_not_there_is_said() -> None:
 
 
 def test_disk_of_a_rollout_by_hand() -> None:
-    """512 samples of 24 tokens at most, 64 updates; texts 2 bytes a token, per-token rows 16."""
-    rows = 300 + 64 * 150 + 512 * 90
+    """512 samples of 24 tokens at most, 64 updates of 168 bins at most; texts 2 bytes a token, per-token rows 16."""
+    rows = 300 + 64 * 300 + 512 * 90 + 64 * 168 * 20
     assert disk_per_rollout(spec("tiny", store__texts=False)) == rows
     assert disk_per_rollout(spec("tiny")) == rows + 2 * 512 * 24
     assert disk_per_rollout(spec("tiny", store__tokens="all")) == rows + (2 + 16) * 512 * 24
     assert disk_per_rollout(spec("tiny", store__tokens=0.25)) == rows + (2 + 4) * 512 * 24
     assert disk_per_rollout(spec("tiny", store__texts=False, rollout__dynamic_sampling=True)) == rows + 4 * 512 * 90
+
+
+def test_the_bins_of_a_histogram_are_counted() -> None:
+    from clipctl.whatif import profile_edges
+
+    low, high = profile_edges(0.123, 0.456)
+    assert 3 * (len(low) + len(high) + 1) == BINS
+
+
+def test_the_ledger_and_the_controller_are_said() -> None:
+    text = "\n".join(plan_lines(make_plan(spec("tiny", control__target_entropy="initial", ledger__network_every=32))))
+    assert "256 probe states, at 2 of 64 updates per rollout, 2 of them also through the network" in text
+    assert "ε_low is set within 0.01 … 0.9 so that entropy goes to that of the first rollout" in text
+    plain = "\n".join(plan_lines(make_plan(spec())))
+    assert "256 probe states, at 1 of 16 updates per rollout" in plain
+    assert "control" not in plain
+    assert "SGD lr 0.0001" in "\n".join(plan_lines(make_plan(spec("tiny", optim__optimizer="sgd"))))
+
+
+def test_probe_states_and_gradients_count_as_memory() -> None:
+    """256 states × 151 936 words × 4 bytes; five float32 copies of the weights; SGD has no moments."""
+    plan = make_plan(spec(ledger__network_every=16))
+    assert plan.memory[PROBES] == 256 * 151936 * 4
+    assert plan.memory[NETWORK] == 5 * 4 * 3_085_938_688
+    bare = make_plan(spec(ledger__probe_states=0, optim__optimizer="sgd")).memory
+    assert not {PROBES, NETWORK, "AdamW moments"} & set(bare)
 
 
 def test_what_dapo_adds_is_said() -> None:

@@ -66,7 +66,8 @@ def test_for_a_tabular_policy_the_ledger_is_the_prediction_through_the_network(
             "rollout": {"prompts": 2, "group_size": 4, "max_response_tokens": 8, "temperature": temperature},
             "clip": {"low": 0.05, "high": 0.02},
             "loss": {"aggregation": aggregation},
-            "optim": {"optimizer": "sgd", "lr": lr, "weight_decay": 0.0, "responses_per_update": 8, "epochs": 3, "grad_clip": 1e9},
+            "optim": {"optimizer": "sgd", "lr": lr, "weight_decay": 0.0, "responses_per_update": 8, "epochs": 3,
+                      "grad_clip": 1e9},
         }
     )  # fmt: skip
     ours = TorchTrainer(Bigram(40), the_spec)

@@ -1,6 +1,8 @@
 """The torch trainer against plain autograd in float64, and the identities that exact training rests on."""
 
+import operator
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from conftest import random_llama
 from clipctl.engine.attention import use_grouped_attention
 from clipctl.engine.torch_trainer import TorchTrainer
 from clipctl.errors import DivergedError
-from clipctl.loss import PolicyLoss, UpdateSums
+from clipctl.loss import PolicyLoss, UpdateSums, UpdateTokens
 from clipctl.rollout import Batch, minibatches
 from clipctl.spec import RunSpec, resolve_spec
 
@@ -129,10 +131,42 @@ def test_any_split_into_micro_batches_gives_the_same_update(aggregation: str, bu
         assert b.entropy == pytest.approx(a.entropy, rel=1e-5)
         assert b.kl == pytest.approx(a.kl, rel=1e-4, abs=1e-9)
         for name in ("clip_low", "clip_high", "ratio_low", "ratio_high", "tokens", "tokens_advantage"):
-            assert int(getattr(b.counts, name)) == int(getattr(a.counts, name))
+            assert getattr(b.counts, name) == getattr(a.counts, name)
+        for one, other in ((a.ledger.pg, b.ledger.pg), (a.ledger.npg, b.ledger.npg)):
+            size = abs(one.reward) + abs(one.clip_low) + abs(one.clip_high)
+            for name in ("reward", "clip_low", "clip_high"):
+                assert getattr(other, name) == pytest.approx(getattr(one, name), abs=1e-4 * size + 1e-9)
+        for name in ("x_mass", "x_pg", "x_npg", "y_mass", "y_pg", "y_npg"):
+            assert getattr(b.ledger, name) == pytest.approx(getattr(a.ledger, name), rel=1e-3, abs=1e-7)
     for a, b in zip(whole_gradients, split_gradients, strict=True):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(y, x, rtol=1e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_sums_of_ranks_add_up_to_those_of_the_batch(ranks: int) -> None:
+    """The tokens of one update, dealt out to ranks whose weights are those of the whole batch."""
+    rng = torch.Generator().manual_seed(0)
+    old = -torch.rand(200, generator=rng) * 3
+    given = [
+        old + torch.randn(200, generator=rng) * 0.3,
+        torch.rand(200, generator=rng),
+        torch.randn(200, generator=rng),
+        old,
+        torch.randn(200, generator=rng).double(),
+        torch.rand(200, generator=rng).double(),
+    ]
+    loss = PolicyLoss("clip", 0.1, 0.25)
+    whole = loss.sums(2.0, UpdateTokens(*given))
+    parts = [loss.sums(2.0 / ranks, UpdateTokens(*(t[rank::ranks] for t in given))) for rank in range(ranks)]
+    total = reduce(operator.add, parts)
+    assert total.counts == whole.counts
+    assert (total.log_ratio_min, total.log_ratio_max) == (whole.log_ratio_min, whole.log_ratio_max)
+    for name in ("loss", "entropy", "kl", "ratio"):
+        assert getattr(total, name) == pytest.approx(getattr(whole, name), rel=1e-12)
+    torch.testing.assert_close(total.profile.sums_3BC, whole.profile.sums_3BC, rtol=1e-12, atol=1e-12)
+    assert total.ledger.npg.clip_low == pytest.approx(whole.ledger.npg.clip_low, rel=1e-12)
+    assert total.ledger.y_pg == pytest.approx(whole.ledger.y_pg, rel=1e-12)
 
 
 @pytest.mark.parametrize("budget", [1, 60, 10**6])
@@ -141,11 +175,31 @@ def test_the_ratio_at_inner_step_0_is_exactly_1_in_float32(budget: int) -> None:
     ours = trainer(the_spec)
     old = ours.score(batch())
     first = ours.step(batch(), range(0, 8), old, spec_loss(the_spec)).sums
-    assert first.log_ratio_max == 0.0
+    assert first.log_ratio_max == first.log_ratio_min == 0.0
     assert first.kl == 0.0
     assert int(first.counts.clip_low) == int(first.counts.clip_high) == 0
     second = ours.step(batch(), range(8, 16), old, spec_loss(the_spec)).sums
     assert second.log_ratio_max > 0.0
+
+
+def test_the_noise_floor_comes_from_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scored again in smaller micro-batches: the same numbers up to rounding, from other forward passes."""
+    ours = trainer(spec())
+    parts: list[list[int]] = []
+    forward = ours._forward
+
+    def noted(batch: Batch, part: Any) -> Any:
+        parts.append(list(part))
+        return forward(batch, part)
+
+    monkeypatch.setattr(ours, "_forward", noted)
+    first = ours.score(batch()).logprob_T[: batch().lengths_R[:8].sum()]
+    scored = [part for part in parts if max(part) < 8]
+    parts.clear()
+    again = ours.score_otherwise(batch(), range(0, 8))
+    torch.testing.assert_close(again, first, atol=1e-4, rtol=0)
+    assert sorted(row for part in parts for row in part) == list(range(8))
+    assert not [part for part in parts if part in scored]
 
 
 def test_the_first_gradient_is_reinforce() -> None:
