@@ -188,31 +188,36 @@ COLUMNS = ("tokens", "Σ w|A|e for PG", "Σ w|A|e for NPG", "Σ w r", "Σ w r (E
 """What a profile sums in each bin."""
 
 
-def ratio_profile(
+def ratio_profiles(
     logprob_T: Tensor,
     old_logprob_T: Tensor,
     advantages_T: Tensor,
     entropy_T: Tensor,
     expected_q_T: Tensor,
     weight_T: Tensor,
+    update_T: Tensor,
+    updates: int,
     *,
     eps_low: float,
     eps_high: float,
-) -> RatioProfile:
-    """The profile of sampled tokens, arguments as in `entropy_ledger`; ε in force are edges."""
+) -> list[RatioProfile]:
+    """The profiles of sampled tokens, arguments as in `entropy_ledger`, of each of `updates` updates in one pass.
+
+    update_T: which update a token belongs to, int64. The ε in force are edges.
+    """
     low, high, edges_K = _edges(eps_low, eps_high, logprob_T.dtype, logprob_T.device)
     # As the objective compares it: in the dtype of the log-probabilities.
     ratio_T = (logprob_T - old_logprob_T).exp()
-    below_T = torch.bucketize(ratio_T, edges_K[: len(low)], right=True)
-    bins_T = below_T.add_(torch.bucketize(ratio_T, edges_K[len(low) :]))
+    bins_T = torch.bucketize(ratio_T, edges_K[: len(low)], right=True)
+    bins_T.add_(torch.bucketize(ratio_T, edges_K[len(low) :]))
     size = len(low) + len(high) + 1
+    place_T = (3 * update_T + 1 + advantages_T.sign().long()).mul_(size).add_(bins_T)
     r, pg, npg = _effects(logprob_T, old_logprob_T, entropy_T, expected_q_T)
     wr_T = weight_T.double() * r
     pull_T = wr_T * advantages_T.double().abs()
     values_CT = torch.stack([torch.ones_like(r), pull_T * pg, pull_T * npg, wr_T, wr_T * pg, wr_T * npg])
-    bins_T.add_(advantages_T.sign().long().add_(1).mul_(size))
-    sums_CB = values_CT.new_zeros(len(COLUMNS), 3 * size).index_add_(1, bins_T, values_CT)
-    return RatioProfile(low, high, sums_CB.T.reshape(3, size, len(COLUMNS)).cpu())
+    sums_CB = values_CT.new_zeros(len(COLUMNS), 3 * size * updates).index_add_(1, place_T, values_CT)
+    return [RatioProfile(low, high, sums) for sums in sums_CB.T.reshape(updates, 3, size, len(COLUMNS)).cpu()]
 
 
 @lru_cache(maxsize=8)

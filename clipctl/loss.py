@@ -4,6 +4,7 @@ Everything here adds up: the weights are fixed over the whole optimizer batch be
 the same gradient, and sums of parts (and ranks) are the sums of the batch. Dimension letters as in `clipctl.rollout`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clipctl.algo import OBJECTIVES
-from clipctl.ledger import EntropyLedger, EventCounts, RatioProfile, ratio_profile
+from clipctl.ledger import EntropyLedger, EventCounts, RatioProfile, ratio_profiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,27 +92,53 @@ class PolicyLoss:
         )
         return -(weights_T * objective_T).sum()
 
-    def sums(self, loss: float, tokens: UpdateTokens) -> UpdateSums:
-        """What the store keeps of the tokens of an optimizer batch."""
-        log_ratio_T = (tokens.logprob_T - tokens.old_logprob_T).double()
+    def sums(self, losses: Sequence[float], batches: Sequence[UpdateTokens]) -> list[UpdateSums]:
+        """What the store keeps of each of several optimizer batches, made in one pass over all their tokens.
+
+        losses: the loss of each, as its micro-batches added up.
+        """
+        logprob_T, entropy_T, expected_q_T, old_T, advantages_T, weights_T = (
+            torch.cat([getattr(tokens, name) for tokens in batches]) for name in UpdateTokens.__slots__
+        )
+        updates = len(batches)
+        sizes = torch.tensor([len(tokens.logprob_T) for tokens in batches], device=logprob_T.device)
+        update_T = torch.arange(updates, device=logprob_T.device).repeat_interleave(sizes)
+        log_ratio_T = (logprob_T - old_T).double()
         excess_T = torch.expm1(log_ratio_T)
-        low, high = torch.aminmax(log_ratio_T)
-        scalars = torch.stack([tokens.entropy_T.sum(dtype=torch.float64), excess_T.sum(), log_ratio_T.sum(), low, high])
-        entropy, excess, log_ratio, least, most = scalars.tolist()
-        profile = ratio_profile(
-            tokens.logprob_T,
-            tokens.old_logprob_T,
-            tokens.advantages_T,
-            tokens.entropy_T,
-            tokens.expected_q_T,
-            tokens.weights_T,
+        scalars_3T = torch.stack([entropy_T.double(), excess_T - log_ratio_T, excess_T + 1])
+        scalars_3U = scalars_3T.new_zeros(3, updates).index_add_(1, update_T, scalars_3T)
+        extremes = [
+            log_ratio_T.new_zeros(updates).scatter_reduce_(0, update_T, log_ratio_T, kind, include_self=False)
+            for kind in ("amin", "amax")
+        ]
+        profiles = ratio_profiles(
+            logprob_T,
+            old_T,
+            advantages_T,
+            entropy_T,
+            expected_q_T,
+            weights_T,
+            update_T,
+            updates,
             eps_low=self.eps_low,
             eps_high=self.eps_high,
         )
-        size = len(log_ratio_T)
-        return UpdateSums(
-            loss, entropy, excess - log_ratio, size + excess, least, most, profile, self.eps_low, self.eps_high
-        )
+        entropy, kl, ratio = scalars_3U.tolist()
+        least, most = (extreme.tolist() for extreme in extremes)
+        return [
+            UpdateSums(
+                losses[at],
+                entropy[at],
+                kl[at],
+                ratio[at],
+                least[at],
+                most[at],
+                profiles[at],
+                self.eps_low,
+                self.eps_high,
+            )
+            for at in range(updates)
+        ]
 
     def pull(
         self, logprob_T: Tensor, old_logprob_T: Tensor, advantages_T: Tensor, weights_T: Tensor

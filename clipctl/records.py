@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipctl.alarms import RolloutFacts
-from clipctl.engine import Scores, UpdateResult
+from clipctl.engine import ProbeResult, Scores
 from clipctl.ledger import EntropyLedger
-from clipctl.loss import PolicyLoss
+from clipctl.loss import PolicyLoss, UpdateSums
 from clipctl.rollout import Batch, Completion, DrawKey, Problem, Prompt, keyed_rng
 from clipctl.spec import RunSpec
 from clipctl.store import MASSES, NETWORK
@@ -130,11 +130,13 @@ def _scored_sums(trained: Sequence[Group], old: Scores) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One optimizer step as it is stored: its responses, the ε in force, what it returned."""
+    """One optimizer step as it is stored: its responses, the ε in force, the sums over its tokens, its probe."""
 
     responses: int
     loss: PolicyLoss
-    result: UpdateResult
+    grad_norm: float
+    sums: UpdateSums
+    probe: ProbeResult | None
 
 
 def update_columns(updates: Sequence[Update], lr: float) -> Columns:
@@ -144,12 +146,12 @@ def update_columns(updates: Sequence[Update], lr: float) -> Columns:
 
 def update_row(inner_step: int, update: Update, lr: float) -> dict[str, Any]:
     """One `updates` row."""
-    sums = update.result.sums
+    sums = update.sums
     counts, ledger = sums.counts, sums.ledger
     return {
         "inner_step": inner_step,
         "loss": sums.loss,
-        "grad_norm": update.result.grad_norm,
+        "grad_norm": update.grad_norm,
         "lr": lr,
         "responses": update.responses,
         "tokens": counts.tokens,
@@ -178,7 +180,7 @@ def _masses(ledger: EntropyLedger, prefix: str = "") -> dict[str, float]:
 
 def histogram_columns(updates: Sequence[Update]) -> Columns:
     """The `histograms` rows of all updates, by column; bins without a token have none."""
-    parts = [update.result.sums.profile.columns() for update in updates]
+    parts = [update.sums.profile.columns() for update in updates]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
     sizes = [len(part["tokens"]) for part in parts]
     return {"inner_step": np.repeat(np.arange(len(parts)), sizes), **columns}
@@ -186,7 +188,7 @@ def histogram_columns(updates: Sequence[Update]) -> Columns:
 
 def probe_columns(updates: Sequence[Update]) -> Columns:
     """The `probes` rows, by column: one for each update that was probed."""
-    rows = [(step, update.result.probe) for step, update in enumerate(updates) if update.result.probe is not None]
+    rows = [(step, update.probe) for step, update in enumerate(updates) if update.probe is not None]
     return _by_column(
         [
             {
@@ -241,7 +243,7 @@ def rollout_tables(
 
 def rollout_facts(rollout: int, row: Mapping[str, Any], updates: Sequence[Update], spec: RunSpec) -> RolloutFacts:
     """What alarms look at."""
-    counts = [update.result.sums.counts for update in updates]
+    counts = [update.sums.counts for update in updates]
     loss = updates[-1].loss if updates else None
     on = loss is not None and (loss.eps_low < 1 or loss.eps_high < float("inf"))
     return RolloutFacts(
@@ -251,7 +253,7 @@ def rollout_facts(rollout: int, row: Mapping[str, Any], updates: Sequence[Update
         groups_zero_advantage=row["groups_zero_advantage"],
         clipped=sum(count.clip_low + count.clip_high for count in counts),
         clippable=on and len(updates) > 1 and spec.loss.objective == "clip",
-        **{name: sum(getattr(update.result.sums.ledger, name) for update in updates) for name in MASSES},
+        **{name: sum(getattr(update.sums.ledger, name) for update in updates) for name in MASSES},
     )
 
 

@@ -26,9 +26,9 @@ import torch
 from clipctl.alarms import RolloutFacts, new_alarms
 from clipctl.algo import group_advantages, overlong_penalty
 from clipctl.control import TOLERANCE, ControlState, held, next_action, start_control
-from clipctl.engine import EnginePair, Measure, Scores, open_engine
+from clipctl.engine import EnginePair, Measure, Scores, UpdateResult, open_engine
 from clipctl.errors import AlarmStop, DataError, DivergedError, EngineError, Interrupted, SpecError
-from clipctl.loss import PolicyLoss
+from clipctl.loss import PolicyLoss, UpdateSums
 from clipctl.models import ChatTokenizer, check_device, find_model, load_tokenizer, stop_ids
 from clipctl.records import (
     Columns,
@@ -193,6 +193,10 @@ def run_rollouts(job: Job) -> None:
     note_control(job, control)
 
 
+TOKENS_AT_ONCE = 1 << 18
+"""Tokens of updates whose sums are made together: many small updates share the cost of one pass."""
+
+
 def run_updates(job: Job, rollout: int, batch: Batch | None, old: Scores | None, loss: PolicyLoss) -> list[Update]:
     """loss → update: the epochs over one rollout, with the ledger's probe states kept at its start."""
     if batch is None or old is None:
@@ -203,9 +207,16 @@ def run_updates(job: Job, rollout: int, batch: Batch | None, old: Scores | None,
     if set(measures) != {"sums"}:
         key = DrawKey(spec.run.seed, rollout, 0)
         trainer.keep_probe(batch, spread_states(batch.lengths_R, spec.ledger.probe_states, key))
+    done: list[UpdateResult] = []
+    sums: list[UpdateSums] = []
+    for rows, measure in zip(steps, measures, strict=True):
+        done.append(trainer.step(batch, rows, old, loss, measure))
+        waiting = done[len(sums) :]
+        if len(done) == len(steps) or sum(len(result.tokens.logprob_T) for result in waiting) >= TOKENS_AT_ONCE:
+            sums += loss.sums([result.loss for result in waiting], [result.tokens for result in waiting])
     return [
-        Update(len(rows), loss, trainer.step(batch, rows, old, loss, measure))
-        for rows, measure in zip(steps, measures, strict=True)
+        Update(len(rows), loss, result.grad_norm, its_sums, result.probe)
+        for rows, result, its_sums in zip(steps, done, sums, strict=True)
     ]
 
 
@@ -226,7 +237,7 @@ def choose_clip(
         return start_control(spec.control, mine, entropy), asked
     if not before:
         return state, asked
-    profile = reduce(operator.add, (update.result.sums.profile for update in before)).columns()
+    profile = reduce(operator.add, (update.sums.profile for update in before)).columns()
     state, action = next_action(state, spec.control, entropy, profile, other)
     chosen = (action.eps, other) if low else (other, action.eps)
     job.writer.event("control", action.reason, rollout=rollout, data=action.data)
@@ -423,7 +434,7 @@ def make_report(
     spec: RunSpec, rollout: int, row: dict[str, float], updates: Sequence[Update], seconds: Seconds
 ) -> Report:
     """The rollout in a line."""
-    counts = [update.result.sums.counts for update in updates]
+    counts = [update.sums.counts for update in updates]
     tokens = sum(count.tokens for count in counts)
     return Report(
         rollout=rollout,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_llama
-from test_trainer import batch, spec, spec_loss, trainer
+from test_trainer import batch, spec, spec_loss, sums_of, trainer
 from torch import nn
 
 from clipctl import load_spec, open_runs
@@ -77,11 +77,12 @@ def test_for_a_tabular_policy_the_ledger_is_the_prediction_through_the_network(
     with torch.no_grad():  # π_k is not π_old: on both sides of both ε
         ours.model.lm_head.weight.add_(torch.randn(40, 40, generator=generator) * 0.1)
     found = ours.step(states, range(8), old, spec_loss(the_spec), "network")
-    probe, ledger = found.probe, found.sums.ledger
+    probe, sums = found.probe, sums_of(found, the_spec)
+    ledger = sums.ledger
     assert probe is not None
     assert probe.network is not None
-    assert probe.states == int(found.sums.counts.tokens) == int(states.lengths_R.sum())
-    assert min(int(found.sums.counts.clip_low), int(found.sums.counts.clip_high)) > 0
+    assert probe.states == int(sums.counts.tokens) == int(states.lengths_R.sum())
+    assert min(int(sums.counts.clip_low), int(sums.counts.clip_high)) > 0
     scale = lr / (probe.states * temperature**2)
     for part in ("reward", "clip_low", "clip_high"):
         assert probe.network[part] == pytest.approx(scale * getattr(ledger.pg, part), rel=2e-5), part

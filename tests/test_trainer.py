@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import random_llama
 
+from clipctl.engine import UpdateResult
 from clipctl.engine.attention import use_grouped_attention
 from clipctl.engine.torch_trainer import TorchTrainer
 from clipctl.errors import DivergedError
@@ -24,6 +25,11 @@ SPEC = {
     "clip": {"low": 0.15, "high": 0.3},
     "optim": {"lr": 2e-4, "responses_per_update": 8, "epochs": 2, "grad_clip": 1e9},
 }
+
+
+def sums_of(result: UpdateResult, the_spec: RunSpec) -> UpdateSums:
+    (sums,) = spec_loss(the_spec).sums([result.loss], [result.tokens])
+    return sums
 
 
 def spec_loss(spec: RunSpec) -> PolicyLoss:
@@ -97,9 +103,9 @@ def test_the_gradient_off_policy_is_that_of_the_formula_in_float64() -> None:
     (-objective).backward()
     expected = float(-objective.detach())
     result = ours.step(batch(), range(0, 8), old, spec_loss(the_spec))
-    counts = result.sums.counts
+    counts = sums_of(result, the_spec).counts
     assert min(int(counts.clip_low), int(counts.clip_high)) > 0
-    assert result.sums.loss == pytest.approx(expected, rel=1e-4)
+    assert sums_of(result, the_spec).loss == pytest.approx(expected, rel=1e-4)
     for master, parameter in zip(gradients(ours), reference.parameters(), strict=True):
         torch.testing.assert_close(master.double(), parameter.grad, rtol=1e-3, atol=1e-6)
 
@@ -109,7 +115,7 @@ def run_updates(the_spec: RunSpec) -> tuple[TorchTrainer, list[UpdateSums], list
     old = ours.score(batch())
     results, grads = [], []
     for rows in 2 * minibatches(16, the_spec.optim.responses_per_update):
-        results.append(ours.step(batch(), rows, old, spec_loss(the_spec)).sums)
+        results.append(sums_of(ours.step(batch(), rows, old, spec_loss(the_spec)), the_spec))
         grads.append(gradients(ours))
     return ours, results, grads
 
@@ -157,8 +163,9 @@ def test_sums_of_ranks_add_up_to_those_of_the_batch(ranks: int) -> None:
         torch.rand(200, generator=rng).double(),
     ]
     loss = PolicyLoss("clip", 0.1, 0.25)
-    whole = loss.sums(2.0, UpdateTokens(*given))
-    parts = [loss.sums(2.0 / ranks, UpdateTokens(*(t[rank::ranks] for t in given))) for rank in range(ranks)]
+    (whole,) = loss.sums([2.0], [UpdateTokens(*given)])
+    dealt = [UpdateTokens(*(t[rank::ranks] for t in given)) for rank in range(ranks)]
+    parts = loss.sums([2.0 / ranks] * ranks, dealt)
     total = reduce(operator.add, parts)
     assert total.counts == whole.counts
     assert (total.log_ratio_min, total.log_ratio_max) == (whole.log_ratio_min, whole.log_ratio_max)
@@ -174,11 +181,11 @@ def test_the_ratio_at_inner_step_0_is_exactly_1_in_float32(budget: int) -> None:
     the_spec = spec(engine={"tokens_per_microbatch": budget})
     ours = trainer(the_spec)
     old = ours.score(batch())
-    first = ours.step(batch(), range(0, 8), old, spec_loss(the_spec)).sums
+    first = sums_of(ours.step(batch(), range(0, 8), old, spec_loss(the_spec)), the_spec)
     assert first.log_ratio_max == first.log_ratio_min == 0.0
     assert first.kl == 0.0
     assert int(first.counts.clip_low) == int(first.counts.clip_high) == 0
-    second = ours.step(batch(), range(8, 16), old, spec_loss(the_spec)).sums
+    second = sums_of(ours.step(batch(), range(8, 16), old, spec_loss(the_spec)), the_spec)
     assert second.log_ratio_max > 0.0
 
 
@@ -220,9 +227,11 @@ def test_responses_without_advantage_count_in_metrics_and_not_in_the_gradient() 
     old = ours.score(batch())
     result = ours.step(batch(), range(0, 8), old, spec_loss(the_spec))
     lengths = batch().lengths_R
-    assert int(result.sums.counts.tokens) == lengths[:8].sum()
-    assert int(result.sums.counts.tokens_advantage) == lengths[:4].sum()
-    assert result.sums.entropy == pytest.approx(float(old.entropy_T[: lengths[:8].sum()].double().sum()), rel=1e-6)
+    assert int(sums_of(result, the_spec).counts.tokens) == lengths[:8].sum()
+    assert int(sums_of(result, the_spec).counts.tokens_advantage) == lengths[:4].sum()
+    assert sums_of(result, the_spec).entropy == pytest.approx(
+        float(old.entropy_T[: lengths[:8].sum()].double().sum()), rel=1e-6
+    )
 
 
 def test_a_batch_without_any_advantage_steps_with_a_zero_gradient() -> None:

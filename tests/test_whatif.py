@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from clipctl import load_spec, open_runs
 from clipctl.algo import clipped_surrogate
-from clipctl.ledger import EntropyLedger, RatioProfile, entropy_ledger, ratio_profile
+from clipctl.ledger import EntropyLedger, RatioProfile, entropy_ledger, ratio_profiles
 from clipctl.loss import PolicyLoss, UpdateTokens
 from clipctl.train import train
 from clipctl.whatif import HIGH, LOW, WhatIf, share_below, what_if
@@ -80,6 +80,12 @@ def tokens(seed: int, size: int = 400) -> list[torch.Tensor]:
     return [old + ratio.log(), old, advantages, torch.rand(size, generator=rng), torch.randn(size, generator=rng)]
 
 
+def ratio_profile(logprob: torch.Tensor, *given: torch.Tensor, **eps: float) -> RatioProfile:
+    """Of one update."""
+    (profile,) = ratio_profiles(logprob, *given, torch.zeros(len(logprob), dtype=torch.long), 1, **eps)
+    return profile
+
+
 def profile_and_ledger(
     seed: int, run_eps: tuple[float, float], asked: tuple[float, float]
 ) -> tuple[WhatIf, EntropyLedger, RatioProfile]:
@@ -120,8 +126,8 @@ def test_the_sums_of_an_update_are_the_ledger_and_the_counts_of_its_tokens(seed:
     given, weight = tokens(seed), torch.rand(400, generator=torch.Generator().manual_seed(seed)).double()
     logprob, old, advantages, entropy, expected_q = given
     mask, eps = torch.ones(400, dtype=torch.bool), {"eps_low": low, "eps_high": high}
-    sums = PolicyLoss("clip", low, high).sums(
-        0.0, UpdateTokens(logprob, entropy, expected_q, old, advantages.double(), weight)
+    (sums,) = PolicyLoss("clip", low, high).sums(
+        [0.0], [UpdateTokens(logprob, entropy, expected_q, old, advantages.double(), weight)]
     )
     counts = clipped_surrogate(logprob, old, advantages, mask, **eps)[1]
     for name in ("tokens", "tokens_advantage", "clip_low", "clip_high", "ratio_low", "ratio_high"):

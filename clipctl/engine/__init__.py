@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from clipctl.ledger import EntropyLedger
-    from clipctl.loss import PolicyLoss, UpdateSums
+    from clipctl.loss import PolicyLoss, UpdateTokens
 
 Measure = Literal["sums", "probe", "network"]
 """What a step measures: the sums over its tokens alone; the probe states before and after it too; and, before it, what
@@ -67,11 +67,12 @@ class ProbeResult:
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
-    """One optimizer step: the gradient's norm before it was cut, the sums over the optimizer batch's tokens, and the
-    probe where one was asked for."""
+    """One optimizer step: the gradient's norm before it was cut, the loss, the optimizer batch's tokens as they were before
+    the step, and the probe where one was asked for."""
 
     grad_norm: float
-    sums: "UpdateSums"
+    loss: float
+    tokens: "UpdateTokens"
     probe: ProbeResult | None = None
 
 

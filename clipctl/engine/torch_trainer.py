@@ -94,17 +94,16 @@ class TorchTrainer:
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, spec.optim.grad_clip))
         if not math.isfinite(value) or not math.isfinite(norm):
             raise DivergedError(f"the update is not finite: loss {value}, gradient norm {norm}; the step was not taken")
-        sums = loss.sums(value, tokens)
         if measure == "sums":
             self._move()
-            return UpdateResult(norm, sums)
+            return UpdateResult(norm, value, tokens)
         assert self.probe is not None
         seen = self.probe.compare(loss)
         if measure == "network":
             seen = replace(seen, network=self._move_and_predict(batch, rows, tokens, loss, norm))
         else:
             self._move()
-        return UpdateResult(norm, sums, replace(seen, entropy_after=self.probe.entropy()))
+        return UpdateResult(norm, value, tokens, replace(seen, entropy_after=self.probe.entropy()))
 
     def _move(self) -> None:
         """The optimizer's step, and the working copy after it."""

@@ -1,10 +1,11 @@
 """What the ledger costs: optimizer steps with everything that is stored of them, against bare steps.
 
-    python tests/bench/bench_ledger.py [--case tiny smollm2] [--pairs 60]
+    python tests/bench/bench_ledger.py [--case tiny smollm2-arith] [--rollouts 20]
 
 A bare step makes the same statistics in its forward pass and takes the same step, and returns nothing but the loss: no
-counts, terms, masses, extremes, KL or histograms. Both take turns in one process on the same batch with weights that go
-on moving; the figure is the median of the pairs' ratios, so what else the machine does falls on both. `probe` and
+counts, terms, masses, extremes, KL or histograms. Rollouts of updates of both kinds take turns in one process on the same
+batch with weights that go on moving, the making of the stored rows included; the figure is the median of the ratios, so
+what else the machine does falls on both. `probe` and
 `network` are the cost of one update that is measured so, in bare updates. One thread unless OMP_NUM_THREADS says otherwise.
 """
 
@@ -25,6 +26,7 @@ from clipctl.engine.attention import use_grouped_attention
 from clipctl.engine.torch_trainer import TorchTrainer, set_up_torch
 from clipctl.loss import PolicyLoss
 from clipctl.models import find_model, load_causal_lm
+from clipctl.records import Update, histogram_columns, update_columns
 from clipctl.rollout import Batch, DrawKey, minibatches, spread_states
 from clipctl.spec import RunSpec
 
@@ -78,44 +80,57 @@ def make(case: str) -> tuple[RunSpec, BareTrainer, Batch]:
     return spec, BareTrainer(model, spec), batch
 
 
-def measure(case: str, pairs: int) -> None:
+def measure(case: str, blocks: int) -> None:
     spec, trainer, batch = make(case)
     loss = PolicyLoss("clip", spec.clip.low, spec.clip.high)
     old = trainer.score(batch)
     trainer.keep_probe(batch, spread_states(batch.lengths_R, spec.ledger.probe_states, DrawKey(0, 0, 0)))
-    steps = minibatches(batch.responses, spec.optim.responses_per_update)
+    steps = spec.optim.epochs * minibatches(batch.responses, spec.optim.responses_per_update)
 
-    def seconds(at: int, way: Measure | None) -> float:
-        rows = steps[at % len(steps)]
+    def bare() -> float:
         started = perf_counter()
-        if way is None:
+        for rows in steps:
             trainer.bare_step(batch, rows, old, loss)
-        else:
-            trainer.step(batch, rows, old, loss, way)
         return perf_counter() - started
 
-    for way in (None, "sums"):
-        seconds(0, way)
-    ratios, bare = [], []
-    for pair in range(pairs):
-        # Who goes first alternates: the second of a pair finds warmer caches.
-        order: list[Measure | None] = [None, "sums"] if pair % 2 else ["sums", None]
-        timed = {way: seconds(pair, way) for way in order}
-        ratios.append(timed["sums"] / timed[None])
-        bare.append(timed[None])
-    one = statistics.median(bare)
+    def whole() -> float:
+        started = perf_counter()
+        done = [trainer.step(batch, rows, old, loss) for rows in steps]
+        sums = loss.sums([result.loss for result in done], [result.tokens for result in done])
+        updates = [
+            Update(len(rows), loss, result.grad_norm, its_sums, None)
+            for rows, result, its_sums in zip(steps, done, sums, strict=True)
+        ]
+        update_columns(updates, spec.optim.lr)
+        histogram_columns(updates)
+        return perf_counter() - started
+
+    def measured(way: Measure) -> float:
+        started = perf_counter()
+        trainer.step(batch, steps[0], old, loss, way)
+        return perf_counter() - started
+
+    bare(), whole()
+    ratios, seconds = [], []
+    for block in range(blocks):
+        # Who goes first alternates: the machine drifts.
+        first, second = (bare, whole) if block % 2 else (whole, bare)
+        timed = {first: first(), second: second()}
+        ratios.append(timed[whole] / timed[bare])
+        seconds.append(timed[bare] / len(steps))
+    one = statistics.median(seconds)
     quarters = statistics.quantiles(ratios, n=4)
-    print(f"{case}: bare update {1000 * one:.1f} ms; with all sums {100 * (quarters[1] - 1):+.2f} % "
-          f"(quartiles {100 * (quarters[0] - 1):+.2f} … {100 * (quarters[2] - 1):+.2f})")  # fmt: skip
+    print(f"{case}: bare update {1000 * one:.1f} ms; with everything stored {100 * (quarters[1] - 1):+.2f} % "
+          f"(quartiles {100 * (quarters[0] - 1):+.2f} … {100 * (quarters[2] - 1):+.2f}, {blocks} rollouts each)")  # fmt: skip
     for way in ("probe", "network"):
-        extra = [seconds(pair, way) / seconds(pair, None) for pair in range(max(2, pairs // 20))]
-        print(f"{case}: an update with {way} = {statistics.median(extra):.1f} bare updates")
+        extra = statistics.median(measured(way) for _ in range(5)) / one
+        print(f"{case}: an update with {way} = {extra:.1f} bare updates; {len(steps)} updates a rollout")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--pairs", type=int, default=60)
+    parser.add_argument("--rollouts", type=int, default=20)
     options = parser.parse_args()
     for case in options.case:
-        measure(case, options.pairs)
+        measure(case, options.rollouts)
