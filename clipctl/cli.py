@@ -126,6 +126,29 @@ def analyze(
     print(answer(paths, sql, output, sys.stdout.isatty(), view=view, grid=grid or []))
 
 
+@app.command()
+def theory(
+    trials: Annotated[int, typer.Option(help="Random pairs of policies.")] = 200,
+    states: Annotated[int, typer.Option(help="States of each policy.")] = 3,
+    actions: Annotated[int, typer.Option(help="Actions of each state.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    eps_low: Annotated[float | None, typer.Option(help="Fixed; without it drawn for each trial.")] = None,
+    eps_high: Annotated[float | None, typer.Option(help="Fixed; without it drawn for each trial.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of the many-step mode.")] = 192,
+    output: Annotated[str, typer.Option("--format", help="table, json or csv.")] = "table",
+    plot: Annotated[Path | None, typer.Option(help="Write a chart: FILE.png, FILE.svg or FILE.html.")] = None,
+) -> None:
+    """Check the paper's theorems on tabular policies, by enumeration: predicted against true change of entropy, where the
+    inequalities hold and where they fail, and what clipping does over many steps.
+
+    Example: clipctl theory --plot theory.png
+    """
+    from clipctl.theory_report import Options, theory_report
+
+    options = Options(trials, states, actions, seed, eps_low, eps_high, steps)
+    print(theory_report(options, output, plot, sys.stdout.isatty()))
+
+
 @presets_app.command("list")
 def presets_list() -> None:
     """Name and first line of every preset."""
