@@ -226,8 +226,9 @@ def theory_report(options: Options, output: str, plot: Path | None, terminal: bo
 
 HEADINGS = {
     "theorems": f"Random rewards, one exact step of {SHOWN_STEP:g}: Theorem 1 (policy gradient) and 2 (natural) against the "
-    f"true change of entropy, nats, mean of |…|;\nthe residual's log-log slope over steps from {STEPS[0]:g} to {STEPS[-1]:g} is "
-    "2 where the theorem is right to first order\n(a few trials lie off it: their second-order term happens to be near 0, or no more than rounding).",
+    f"true change of entropy, nats, mean of |…|;\nthe residual's log-log slope over steps from {STEPS[0]:.1e} to "
+    f"{STEPS[-1]:.1e} is 2 where the theorem is right to first order\n(a trial lies off it when its second-order term "
+    "happens to be near 0, or no more than rounding).",
     "inequalities": "How often the inequalities hold: state by state, and pooled over states as Σ p·gap ÷ Σ p. They are what the "
     "title's signs rest on.",
     "counterexamples": "Where they fail, the sign of the change is the other one than the title says.",
@@ -326,7 +327,7 @@ def theory_chart(trials: Sequence[dict[str, Any]], curves: dict[str, dict[str, F
     residuals = _data(_median_residuals(trials))
     log = alt.Scale(type="log")
     base = alt.Chart(residuals).encode(
-        x=alt.X("step:Q", scale=log, title="step η", axis=alt.Axis(format=".0e", values=STEPS[::2].tolist())),
+        x=alt.X("step:Q", scale=log, title="step η", axis=alt.Axis(format=".0e", values=[1e-6, 1e-5, 1e-4, 1e-3])),
         y=alt.Y("residual:Q", scale=log, title="|true − predicted ΔH|, nats", axis=alt.Axis(format=".0e", tickCount=6)),
         color=color,
     )
@@ -376,17 +377,16 @@ def _entropy_panel(name: str, curves: dict[str, Floats], arms: list[str]) -> Any
     ]
     scales = series_scales(arms)
     base = alt.Chart(_data(values)).encode(x=alt.X("step:Q", title="optimizer step"))
-    color = alt.Color("arm:N", scale=scales["color"], title="clipping", sort=arms)
-    dash = alt.StrokeDash("arm:N", scale=scales["strokeDash"], title="clipping", sort=arms)
-    quiet = alt.Color("arm:N", scale=scales["color"], legend=None)
-    band = base.mark_area(opacity=0.15).encode(y=alt.Y("low:Q"), y2="high:Q", color=quiet)
+    legend = alt.Legend(symbolType="stroke", symbolOpacity=1, title="clipping")
+    color = alt.Color("arm:N", scale=scales["color"], legend=legend, sort=arms)
+    band = base.mark_area(opacity=0.15, strokeWidth=0).encode(y=alt.Y("low:Q"), y2="high:Q", color=color)
     line = base.mark_line().encode(
         y=alt.Y("change:Q", title="mean entropy since the start, nats"),
         color=color,
-        strokeDash=dash,
+        strokeDash=alt.StrokeDash("arm:N", scale=scales["strokeDash"], legend=legend, sort=arms),
     )
     title = alt.Title(f"Random rewards, {name}", subtitle=f"mean of {SEEDS} paired seeds and its 95 % interval")
-    return alt.layer(band, line).resolve_scale(color="independent").properties(title=title)
+    return alt.layer(line, band).properties(title=title)
 
 
 def _median_residuals(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
