@@ -285,6 +285,8 @@ def sample_columns(sampled: Sequence[Group], trained: Sequence[Group], old: Scor
         "truncated": [group.completions[sample].finish == "length" for group, sample in rows],
         "entropy": [entropy.get(place) for place in places],
         "logprob_sum": [logprob.get(place) for place in places],
+        "clip_low": [None] * len(rows),
+        "clip_high": [None] * len(rows),
         "text": [group.texts[sample] for group, sample in rows],
     }
 
@@ -304,6 +306,7 @@ def token_columns(trained: Sequence[Group], old: Scores | None, share: str | flo
     kept = [row for row, chosen in zip(rows, chosen_R, strict=True) if chosen]
     keep_T = np.repeat(chosen_R, lengths_R)
     lengths = lengths_R[chosen_R]
+    nothing: list[None] = [None] * int(lengths.sum())
     return {
         "prompt_id": np.repeat(np.array([group.problem.id for group, _ in kept], dtype=object), lengths).tolist(),
         "position": np.repeat([group.prompt.key.position for group, _ in kept], lengths),
@@ -314,4 +317,7 @@ def token_columns(trained: Sequence[Group], old: Scores | None, share: str | flo
         "entropy": old.entropy_T.numpy()[keep_T],
         "sampler_logprob": np.concatenate([g.completions[s].logprobs for g, s in kept]) if kept else np.array([]),
         "advantage": np.repeat([float(group.advantages_G[sample]) for group, sample in kept], lengths),
+        "clip_low": nothing,
+        "clip_high": nothing,
+        "text": nothing,
     }

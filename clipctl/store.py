@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     import duckdb
     import pyarrow as pa
 
-SCHEMA_VERSION = 2
-"""2: the ledger (columns of updates; histograms, probes, noise). What version 1 has not is NULL or empty."""
+SCHEMA_VERSION = 3
+"""2: the ledger (columns of updates; histograms, probes, noise). 3: evaluations; clip counts of samples and tokens, and
+the text of tokens. What an earlier version has not is NULL or empty."""
 HEARTBEAT_SECONDS = 120.0
 """A run that says `running` and has not been heard of for this long has crashed."""
 
@@ -133,6 +134,8 @@ TABLES: dict[str, dict[str, str]] = {
         "truncated": "bool",
         "entropy": "float64",
         "logprob_sum": "float64",
+        "clip_low": "int32",
+        "clip_high": "int32",
     },
     "texts": {"rollout": "int64", "position": "int64", "sample": "int32", "text": "string"},
     "tokens": {
@@ -146,13 +149,65 @@ TABLES: dict[str, dict[str, str]] = {
         "entropy": "float32",
         "sampler_logprob": "float32",
         "advantage": "float32",
+        "clip_low": "int32",
+        "clip_high": "int32",
+        "text": "string",
+    },
+    "evaluations": {
+        "rollout": "int64",
+        "model": "string",
+        "benchmark": "string",
+        "source": "string",
+        "grader": "string",
+        "grader_version": "string",
+        "problems": "int64",
+        "problems_of": "int64",
+        "k": "int32",
+        "temperature": "float64",
+        "top_p": "float64",
+        "max_tokens": "int64",
+        "seed": "int64",
+        "template": "string",
+        "template_hash": "string",
+        "chat_template_hash": "string",
+        "dataset_hash": "string",
+        "model_hash": "string",
+        "settings": "string",
+        "reused_from": "string",
+        "started_at": "timestamp",
+        "seconds": "float64",
+    },
+    "evals": {
+        "rollout": "int64",
+        "benchmark": "string",
+        "problem_id": "string",
+        "problem_hash": "string",
+        "position": "int64",
+        "sample": "int32",
+        "outcome": "string",
+        "correct": "bool",
+        "tokens": "int32",
+        "truncated": "bool",
+        "answer": "string",
+        "logprob_sum": "float64",
+    },
+    "eval_texts": {
+        "rollout": "int64",
+        "benchmark": "string",
+        "position": "int64",
+        "sample": "int32",
+        "text": "string",
     },
     "events": {"time": "timestamp", "rollout": "int64", "kind": "string", "message": "string", "data": "string"},
 }
-FOLDED = ("rollouts", "updates", "samples", "probes", "noise", "events")
+FOLDED = ("rollouts", "updates", "samples", "probes", "noise", "events", "evaluations", "evals")
 """Tables that move into metrics.duckdb."""
-SHARDS = ("texts", "tokens", "histograms")
+SHARDS = ("texts", "tokens", "histograms", "eval_texts")
 """Tables that stay Parquet shards, read when a query asks for them."""
+BY_ITSELF = ("events", "evaluations", "evals", "eval_texts")
+"""Tables whose segments wait for no `rollouts` row. Samples of an evaluation count once its `evaluations` row is there."""
+EVALUATION = "evaluation"
+"""`kind` in the spec.json and status.json of an evaluation's folder."""
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
@@ -209,6 +264,7 @@ class RunWriter:
         now = _now()
         self._status: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
+            "kind": json.loads(spec_json).get("kind", "run"),
             "name": folder.name,
             "preset": label,
             "state": "running",
@@ -240,6 +296,16 @@ class RunWriter:
             with self._lock:
                 self._status |= {"rollouts": rollout + 1, "heartbeat": _now()}
                 self._write_status()
+
+    def write_evaluation(self, number: int, rollout: int | None, tables: Mapping[str, Mapping[str, Any]]) -> None:
+        """Commits rows of `evals`, `eval_texts` and `evaluations` (table → column → values), the last one last: samples count
+        once their `evaluations` row is there. number: of the segments, not used before in this attempt."""
+        with self._disk():
+            for table in ("evals", "eval_texts", "evaluations"):
+                if table in tables:
+                    rows = max(map(len, tables[table].values()))
+                    columns = {"rollout": [rollout] * rows} | dict(tables[table])
+                    self._segment(table, number, columns, fill_rollout=False)
 
     def event(
         self, kind: str, message: str, *, rollout: int | None = None, data: Mapping[str, Any] | None = None
@@ -401,7 +467,8 @@ def fold(folder: Path) -> None:
 
 
 class Runs:
-    """All runs under some paths, read only: relations over the views runs, rollouts, updates, samples, tokens, events."""
+    """All runs and evaluations under some paths, read only: relations over the views runs, rollouts, updates, samples,
+    tokens, evaluations, evals, events, ..."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         import duckdb
@@ -409,10 +476,12 @@ class Runs:
         self.folders = list(folders)
         self.connection = duckdb.connect(":memory:")
         _create_tables(self.connection)
-        for run_id, folder in zip(_run_ids(self.folders), self.folders, strict=True):
-            problems = _load_run(self.connection, folder, run_id)
-            _insert_run(self.connection, folder, run_id, problems)
-        _create_shard_views(self.connection, self.folders, _run_ids(self.folders))
+        ids = dict(zip(self.folders, _run_ids(self.folders), strict=True))
+        for folder, folder_id in ids.items():
+            problems = _load_run(self.connection, folder, folder_id)
+            insert = _insert_evaluation if is_evaluation(folder) else _insert_run
+            insert(self.connection, folder, ids, problems)
+        _create_shard_views(self.connection, self.folders, list(ids.values()))
         for statement in VIEWS.values():
             self.connection.execute(statement)
         _lock(self.connection, self.folders)
@@ -453,7 +522,8 @@ class Runs:
 
 
 def open_runs(paths: str | Path | Iterable[str | Path]) -> Runs:
-    """The runs at or under the paths, finished, live or broken. Raises SpecError for a path that does not exist."""
+    """The runs and evaluations at or under the paths, finished, live or broken. Raises SpecError for a path that does not
+    exist."""
     listed = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
     folders: dict[Path, None] = {}
     for path in listed:
@@ -466,11 +536,17 @@ def open_runs(paths: str | Path | Iterable[str | Path]) -> Runs:
 
 
 def committed_segments(folder: Path) -> list[Path]:
-    """Journal segments of committed rollouts, and all events. What was written without its `rollouts` row is not there."""
+    """Journal segments of committed rollouts, and those that commit themselves. What was written without its `rollouts` row
+    is not there."""
     files = sorted((folder / "journal").glob("*-*-*-*.parquet"))
     names = {*(file.name for file in files), *_held_segments(folder)}
     committed = {_place(name) for name in names if name.startswith("rollouts-")}
-    return [file for file in files if file.name.startswith("events-") or _place(file.name) in committed]
+    return [file for file in files if file.name.split("-")[0] in BY_ITSELF or _place(file.name) in committed]
+
+
+def is_evaluation(folder: Path) -> bool:
+    """Whether the folder is one of `clipctl eval`; its spec.json or its status.json says so."""
+    return any(_read_json(folder / name, []).get("kind") == EVALUATION for name in ("spec.json", "status.json"))
 
 
 def _place(segment: str) -> str:
@@ -563,9 +639,36 @@ def _create_tables(connection: "duckdb.DuckDBPyConnection") -> None:
         "eps_high double, seed bigint, attempt integer, message varchar, path varchar, problem varchar)"
     )
     connection.execute("create table resumes (run_id varchar, attempt integer, resumed_at bigint)")
+    connection.execute(
+        "create table evaluation_folders (eval_id varchar, run_id varchar, state varchar, created_at timestamp, "
+        "finished_at timestamp, message varchar, path varchar, problem varchar)"
+    )
 
 
-def _insert_run(connection: "duckdb.DuckDBPyConnection", folder: Path, run_id: str, problems: list[str]) -> None:
+def _insert_evaluation(
+    connection: "duckdb.DuckDBPyConnection", folder: Path, ids: Mapping[Path, str], problems: list[str]
+) -> None:
+    """One evaluation's folder: its state, and the run that it evaluated, under the id that this run has here."""
+    status = _usable_status(_read_json(folder / "status.json", problems), problems)
+    run = _read_json(folder / "spec.json", problems).get("run")
+    run_id = ids.get(Path(run), Path(run).name) if isinstance(run, str) else None
+    row = [
+        ids[folder],
+        run_id,
+        state_of(status),
+        status.get("created_at"),
+        status.get("finished_at"),
+        status.get("message"),
+        str(folder),
+        "; ".join(dict.fromkeys(problems)) or None,
+    ]
+    connection.execute(f"insert into evaluation_folders values ({', '.join('?' * len(row))})", row)
+
+
+def _insert_run(
+    connection: "duckdb.DuckDBPyConnection", folder: Path, ids: Mapping[Path, str], problems: list[str]
+) -> None:
+    run_id = ids[folder]
     status = _usable_status(_read_json(folder / "status.json", problems), problems)
     spec_text = _read_text(folder / "spec.json")
     spec = _read_json(folder / "spec.json", problems)
@@ -630,20 +733,19 @@ def state_of(status: Mapping[str, Any]) -> str | None:
 def _create_shard_views(connection: "duckdb.DuckDBPyConnection", folders: Sequence[Path], ids: Sequence[str]) -> None:
     """The shards straight from their Parquet files, which are too large to load."""
     for table in SHARDS:
-        parts = []
+        connection.register("part", arrow_schema(table).empty_table())
+        connection.execute(f"create table empty_{table} as select * from part")
+        connection.unregister("part")
+        parts = [f"select * from empty_{table}"]
         for run_id, folder in zip(ids, folders, strict=True):
             files = [file for file in committed_segments(folder) if file.name.startswith(f"{table}-")]
             if files:
                 listed = ", ".join(f"'{_quoted(file)}'" for file in files)
                 parts.append(
-                    f"select '{run_id.replace(chr(39), chr(39) * 2)}' as run_id, * exclude (run_id) from read_parquet([{listed}])"
+                    f"select '{run_id.replace(chr(39), chr(39) * 2)}' as run_id, * exclude (run_id) "
+                    f"from read_parquet([{listed}], union_by_name = true)"
                 )
-        if parts:
-            connection.execute(f"create view raw_{table} as {' union all by name '.join(parts)}")
-        else:
-            connection.register("part", arrow_schema(table).empty_table())
-            connection.execute(f"create table raw_{table} as select * from part")
-            connection.unregister("part")
+        connection.execute(f"create view raw_{table} as {' union all by name '.join(parts)}")
 
 
 def _current(table: str) -> str:
@@ -652,6 +754,28 @@ def _current(table: str) -> str:
         f"(select * from raw_{table} as t where not exists (select 1 from resumes as r where r.run_id = t.run_id "
         "and r.attempt > t.attempt and t.rollout >= r.resumed_at))"
     )
+
+
+def _evaluated(table: str) -> str:
+    """Rows of an evaluation table with the evaluation's id and the run that was evaluated, without what a later attempt of
+    a run trained anew. folder_id: where they are stored."""
+    return f"""(select t.* exclude (run_id), t.run_id as folder_id, f.eval_id is not null as in_folder,
+        case when f.eval_id is null then t.run_id else f.run_id end as run_id,
+        case when f.eval_id is null then t.run_id || '@' || t.rollout else f.eval_id end as eval_id,
+        f.path, f.problem, coalesce(f.message, '') as message,
+        case when f.eval_id is null then 'finished' else f.state end as state
+        from raw_{table} as t left join evaluation_folders as f on f.eval_id = t.run_id
+        where not exists (select 1 from resumes as r where r.run_id = t.run_id
+            and r.attempt > t.attempt and t.rollout > r.resumed_at))"""
+
+
+EVALUATIONS = f"""(select * from {_evaluated("evaluations")}
+    qualify row_number() over (partition by folder_id, rollout, benchmark order by attempt desc, seconds desc) = 1)"""
+"""One row for each evaluation and benchmark: of a run's own the last attempt's; an evaluation's folder is written when it
+begins and when it ends."""
+EVALS = f"""(select e.* from {_evaluated("evals")} as e join {EVALUATIONS} as v on e.folder_id = v.folder_id
+    and e.benchmark = v.benchmark and e.rollout is not distinct from v.rollout and (v.in_folder or e.attempt = v.attempt))"""
+"""The samples of these evaluations; an evaluation's folder has those of all its attempts, each once."""
 
 
 def _shares(prefix: str, parts: Sequence[str], named: str) -> str:
@@ -759,6 +883,33 @@ VIEWS: dict[str, str] = {
     "samples": f"""create view samples as select s.*, x.text from {_current("samples")} as s
         left join raw_texts as x using (run_id, attempt, rollout, position, sample)""",
     "tokens": f"create view tokens as select * from {_current('tokens')}",
+    "evaluations": f"""create view evaluations as
+        with per_problem as (
+            select folder_id, rollout, benchmark, position, count(*) as samples, sum(correct::int) as correct,
+                sum(tokens) as tokens, sum(truncated::int) as truncated, count(*) filter (outcome = 'no_answer') as no_answer,
+                count(*) filter (outcome in ('timeout', 'crash', 'too_long')) as grader_failures
+            from {EVALS} group by all
+        ),
+        summed as (
+            select folder_id, rollout, benchmark, count(*) as problems_done, sum(samples)::bigint as samples,
+                sum(correct)::bigint as correct, avg(correct / samples) as mean_at_k,
+                avg((correct > 0)::int) as pass_at_k, sum(tokens)::bigint as tokens, sum(truncated)::bigint as truncated,
+                sum(no_answer)::bigint as no_answer, sum(grader_failures)::bigint as grader_failures
+            from per_problem group by all
+        )
+        select v.eval_id, v.run_id, v.attempt, v.rollout, v.state, v.model, v.benchmark, v.problems, s.problems_done,
+        coalesce(s.problems_done, 0) = v.problems as complete, v.k, v.temperature, v.top_p, v.max_tokens, v.seed,
+        s.samples, s.correct, s.mean_at_k, s.pass_at_k, s.tokens, s.tokens / s.samples as response_tokens_mean,
+        s.truncated, s.no_answer, s.grader_failures, v.grader, v.grader_version, v.source, v.problems_of, v.template,
+        v.template_hash, v.chat_template_hash, v.dataset_hash, v.model_hash, v.settings::json as settings, v.reused_from,
+        v.started_at, v.seconds, v.path, v.message, v.problem
+        from {EVALUATIONS} as v left join summed as s on s.folder_id = v.folder_id and s.benchmark = v.benchmark
+            and s.rollout is not distinct from v.rollout""",
+    "evals": f"""create view evals as select e.eval_id, e.run_id, e.attempt, e.rollout, e.benchmark, e.problem_id,
+        e.problem_hash, e.position, e.sample, e.outcome, e.correct, e.tokens, e.truncated, e.answer, e.logprob_sum, x.text
+        from {EVALS} as e left join raw_eval_texts as x on x.run_id = e.folder_id and x.attempt = e.attempt
+            and x.rollout is not distinct from e.rollout and x.benchmark = e.benchmark and x.position = e.position
+            and x.sample = e.sample""",
     "events": "create view events as select time, run_id, attempt, rollout, kind, message, data::json as data from raw_events",
 }
 
@@ -800,8 +951,8 @@ METRICS: dict[str, str] = {
     "tokens_advantage": "tokens with A ≠ 0",
     "eps_low": "ε_low in force",
     "eps_high": "ε_high in force",
-    "clip_low": "tokens with A < 0 and r < 1 - ε_low",
-    "clip_high": "tokens with A > 0 and r > 1 + ε_high",
+    "clip_low": "tokens with A < 0 and r < 1 - ε_low (samples, tokens: summed over the updates of the rollout)",
+    "clip_high": "tokens with A > 0 and r > 1 + ε_high (samples, tokens: the same)",
     "ratio_low": "tokens with r < 1 - ε_low, whatever A",
     "ratio_high": "tokens with r > 1 + ε_high, whatever A",
     "clip_low_fraction": "clip_low / tokens",
@@ -896,9 +1047,21 @@ METRICS: dict[str, str] = {
     "abs_log_ratio": "that quantile of |log r|",
     "reward": "of one response, with the overlong penalty",
     "advantage": "reward - group mean; 0 for groups of equal rewards",
-    "logprob_sum": "Σ log π_old over the response's tokens, nats",
+    "logprob_sum": "Σ log π over the response's tokens, nats (samples: π_old of the trainer; evals: the sampler's, cut by top_p)",
     "logprob": "log π_old of a token, nats",
     "sampler_logprob": "the sampler's log-probability of a token, nats",
+    "samples": "samples evaluated so far",
+    "problems": "problems to evaluate",
+    "problems_of": "problems that the benchmark has",
+    "problems_done": "problems evaluated so far",
+    "k": "samples of each problem",
+    "temperature": "of the sampler",
+    "top_p": "nucleus of the sampler",
+    "max_tokens": "longest response, tokens",
+    "seed": "key of the draws",
+    "mean_at_k": "mean over problems of correct / samples",
+    "pass_at_k": "share of the problems with at least one correct sample: pass@k at k = n",
+    "seconds": "wall time of the evaluation",
 }
 """Formula of every stored or derived number; README's table is this dict."""
 

@@ -39,6 +39,8 @@ from clipctl.store import (
 SPEC = spec_json(load_spec("tiny", {"clip.high": float("inf")}))
 ENTROPIES_1 = [(0.546038, 8), (0.55644, 8)]
 """Entropy and responses of the rollouts in data/runs-schema-1.tar.gz."""
+ENTROPIES_2 = [(0.546037, 8), (0.556641, 8)]
+"""The same of data/runs-schema-2.tar.gz."""
 SERIES = {
     "rollouts": "select * from rollouts order by rollout",
     "updates": "select * from updates order by rollout, inner_step",
@@ -46,6 +48,8 @@ SERIES = {
     "histograms": "select * from histograms order by rollout, inner_step",
     "probes": "select * from probes order by rollout, inner_step",
     "predictions": "select * from predictions order by predictor",
+    "evaluations": "select * from evaluations order by eval_id, benchmark",
+    "evals": "select * from evals order by eval_id, benchmark, position, sample",
     "events": "select kind, message, data, rollout from events order by time",
 }
 
@@ -73,7 +77,7 @@ def samples(seed: int, text: str = "so 3") -> dict[str, list[Any]]:
         "prompt_id": ["a", "a", "b"], "position": [seed, seed, seed + 1], "sample": [0, 1, 0], "reward": [1.0, 0.0, 0.5],
         "outcome": ["correct", "wrong", None], "advantage": [0.5, -0.5, 0.0], "tokens": [3, 4, 5],
         "truncated": [False, True, False], "entropy": [0.25, 0.5, None], "logprob_sum": [-1.0, -2.0, None],
-        "text": [text, "", "7"],
+        "clip_low": [0, 2, None], "clip_high": [1, 0, None], "text": [text, "", "7"],
     }  # fmt: skip
 
 
@@ -197,6 +201,7 @@ def test_texts_can_be_left_out_and_tokens_kept(writer: RunWriter) -> None:
     tokens = {
         "prompt_id": ["a", "a"], "position": [0, 0], "sample": [0, 0], "token": [0, 1], "token_id": [5, 9],
         "logprob": [-0.5, -1.5], "entropy": [0.1, 0.2], "sampler_logprob": [-0.5, -1.25], "advantage": [0.5, 0.5],
+            "clip_low": [0, 1], "clip_high": [0, 0], "text": ["so", " 3"],
     }  # fmt: skip
     both = tables(update_rows(0), samples(0), tokens=tokens)
     writer.write_rollout(0, rollout_row(0), {table: both[table] for table in both if table != "texts"})
@@ -443,7 +448,10 @@ def test_only_one_select_over_the_runs_is_taken(writer: RunWriter, query: str) -
 def test_every_number_of_the_views_has_a_formula(writer: RunWriter) -> None:
     write(writer, 0)
     keys = {"run_id", "attempt", "rollout", "inner_step", "prompt_id", "position", "sample", "outcome", "text", "token",
-            "token_id", "time", "kind", "message", "data", "predictor", "source", "step"}  # fmt: skip
+            "token_id", "time", "kind", "message", "data", "predictor", "source", "step",
+            "eval_id", "state", "model", "benchmark", "complete", "grader", "grader_version", "template", "template_hash",
+            "chat_template_hash", "dataset_hash", "model_hash", "settings", "reused_from", "started_at", "path", "problem",
+            "problem_id", "problem_hash", "answer"}  # fmt: skip
     with open_runs(writer.folder) as runs:
         columns = {name for view in VIEWS for name in runs.sql(f"select * from {view}").columns}
     assert columns - keys == set(METRICS)
@@ -466,6 +474,115 @@ def test_a_run_of_schema_1_is_read_and_folded(name: str, tmp_path: Path) -> None
             for table in ("histograms", "probes", "noise", "predictions"):
                 assert runs.sql(f"select * from {table}").fetchall() == []
         fold(folder)
+
+
+@pytest.mark.parametrize("name", ["finished", "journal"])
+def test_a_run_of_schema_2_is_read_and_folded(name: str, tmp_path: Path) -> None:
+    """Two rollouts of `tiny`, 2 × 4 responses, two epochs of one update a group, per-token rows, stored by the code of
+    schema 2: the numbers are what that code read."""
+    with tarfile.open(Path(__file__).parent / "data" / "runs-schema-2.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    folder = tmp_path / name
+    for _ in range(2):
+        with open_runs(folder) as runs:
+            assert runs.sql("select problem from runs").fetchall() == [(None,)]
+            assert (
+                runs.sql("select round(entropy, 6), responses from rollouts order by rollout").fetchall() == ENTROPIES_2
+            )
+            updates = "select count(*), round(sum(pg_total), 9), sum(clip_low) from updates"
+            assert runs.sql(updates).fetchall() == [(8, 0.001716909, 11)]
+            assert runs.sql("select count(*), count(text), count(clip_low) from samples").fetchall() == [(16, 16, 0)]
+            tokens = "select count(*), count(logprob), count(text), count(clip_high) from tokens"
+            assert runs.sql(tokens).fetchall() == [(192, 192, 0, 0)]
+            for table, rows in {"histograms": 128, "probes": 4, "noise": 22, "predictions": 3, "texts": 16}.items():
+                assert runs.sql(f"select count(*) from {table}").fetchall() == [(rows,)]
+            for table in ("evaluations", "evals"):
+                assert runs.sql(f"select * from {table}").fetchall() == []
+        fold(folder)
+
+
+def evaluation(benchmark: str, problems: int, seconds: float = 1.5) -> dict[str, list[Any]]:
+    row: dict[str, Any] = {name: None for name in TABLES["evaluations"] if name != "rollout"}
+    more = {"benchmark": benchmark, "problems": problems, "k": 2, "seconds": seconds, "settings": "{}"}
+    return {name: [value] for name, value in (row | more).items()}
+
+
+def evals(benchmark: str, correct: list[list[bool]], first: int = 0) -> dict[str, dict[str, list[Any]]]:
+    """Samples of problems first, first+1, ...: 3 tokens for the first sample of a problem, 4 for its second and so on."""
+    places = [(first + at, sample) for at, row in enumerate(correct) for sample in range(len(row))]
+    flat = [right for row in correct for right in row]
+    size = len(flat)
+    columns = {
+        "benchmark": [benchmark] * size, "problem_id": [f"p{at}" for at, _ in places], "problem_hash": ["h"] * size,
+        "position": [at for at, _ in places], "sample": [sample for _, sample in places],
+        "outcome": ["correct" if right else "no_answer" for right in flat], "correct": flat,
+        "tokens": [3 + sample for _, sample in places], "truncated": [sample == 1 for _, sample in places],
+        "answer": ["7" if right else None for right in flat], "logprob_sum": [-1.0] * size,
+    }  # fmt: skip
+    texts = {name: columns[name] for name in ("benchmark", "position", "sample")} | {"text": ["so 7"] * size}
+    return {"evals": columns, "eval_texts": texts}
+
+
+EVALUATED = (
+    "select eval_id, run_id, rollout, benchmark, state, problems_done, complete, mean_at_k, pass_at_k from evaluations"
+)
+
+
+def test_evaluations_of_a_run_and_in_a_folder_are_one_view(writer: RunWriter, tmp_path: Path) -> None:
+    """A run's own evaluation needs no `rollouts` row: the base model's comes before the first one."""
+    three = [[True, False], [False, False], [True, True]]
+    writer.write_evaluation(0, 0, evals("arith", three) | {"evaluations": evaluation("arith", 3)})
+    spec = json.dumps({"kind": "evaluation", "run": str(writer.folder)})
+    apart = create_run(tmp_path / "runs" / "deep", "e", spec, "eval")
+    apart.write_evaluation(0, 1, {"evaluations": evaluation("svamp", 4, 0.0)})
+    apart.write_evaluation(1, 1, evals("svamp", [[True, True, True, False]]))
+    with open_runs(tmp_path) as runs:
+        assert runs.sql(f"{EVALUATED} order by eval_id").fetchall() == [
+            ("a@0", "a", 0, "arith", "finished", 3, True, 0.5, 2 / 3),
+            ("e", "a", 1, "svamp", "running", 1, False, 0.75, 1.0),
+        ]
+        assert runs.sql("select run_id from runs").fetchall() == [("a",)]
+        sums = "select samples, correct, tokens, response_tokens_mean, truncated, no_answer from evaluations where rollout = 0"
+        assert runs.sql(sums).fetchall() == [(6, 3, 21, 3.5, 3, 3)]
+        assert runs.sql("select distinct text from evals").fetchall() == [("so 7",)]
+    apart.write_evaluation(2, 1, evals("svamp", [[False] * 4] * 3, first=1))
+    apart.write_evaluation(3, 1, {"evaluations": evaluation("svamp", 4, 2.5)})
+    apart.close("finished", "")
+    writer.close("finished", "")
+    with open_runs(tmp_path) as runs:
+        assert runs.sql(f"{EVALUATED} where eval_id = 'e'").fetchall() == [
+            ("e", "a", 1, "svamp", "finished", 4, True, 0.1875, 0.25)
+        ]
+        assert runs.sql("select seconds from evaluations where eval_id = 'e'").fetchall() == [(2.5,)]
+        assert runs.sql("select count(*), count(text) from evals").fetchall() == [(22, 22)]
+    with open_runs(apart.folder) as runs:
+        assert runs.sql("select run_id, rollout, eval_id from evaluations").fetchall() == [("a", 1, "e")]
+
+
+def test_samples_without_their_evaluation_row_are_not_there(writer: RunWriter) -> None:
+    writer.write_evaluation(0, 0, evals("arith", [[True]]))
+    with open_runs(writer.folder) as runs:
+        assert runs.sql("select * from evals").fetchall() == []
+        assert runs.sql("select * from evaluations").fetchall() == []
+
+
+def test_evaluations_of_what_was_trained_anew_are_hidden(writer: RunWriter) -> None:
+    """Resumed at rollout 2: the model of that moment is the same, those after it are not."""
+    for rollout, right in [(0, True), (2, True), (4, True)]:
+        rows = evals("arith", [[right]]) | {"evaluations": evaluation("arith", 1)}
+        writer.write_evaluation(rollout, rollout, rows)
+    writer.attempt = 1
+    writer._status |= {"resumes": [{"attempt": 1, "resumed_at": 2}]}
+    writer._write_status()
+    query = "select rollout, attempt, mean_at_k from evaluations order by rollout"
+    with open_runs(writer.folder) as runs:
+        assert runs.sql(query).fetchall() == [(0, 0, 1.0), (2, 0, 1.0)]
+    for rollout in (2, 4):
+        rows = evals("arith", [[False]]) | {"evaluations": evaluation("arith", 1)}
+        writer.write_evaluation(rollout, rollout, rows)
+    with open_runs(writer.folder) as runs:
+        assert runs.sql(query).fetchall() == [(0, 0, 1.0), (2, 1, 0.0), (4, 1, 0.0)]
+        assert runs.sql("select count(*) from evals").fetchall() == [(3,)]
 
 
 def test_runs_is_a_public_name() -> None:
