@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEMA_VERSION = 3
-"""2: the ledger (columns of updates; histograms, probes, noise). 3: evaluations; clip counts of samples and tokens, and
-the text of tokens. What an earlier version has not is NULL or empty."""
+"""2: the ledger (columns of updates; histograms, probes, noise). 3: evaluations; clip counts of samples and tokens, the
+text of tokens, the time of a rollout. What an earlier version has not is NULL or empty."""
 HEARTBEAT_SECONDS = 120.0
 """A run that says `running` and has not been heard of for this long has crashed."""
 
@@ -49,6 +49,7 @@ _KEYS = {"run_id": "string", "attempt": "int32"}
 TABLES: dict[str, dict[str, str]] = {
     "rollouts": {
         "rollout": "int64",
+        "time": "timestamp",
         "prompts": "int64",
         "responses": "int64",
         "tokens": "int64",
@@ -288,11 +289,12 @@ class RunWriter:
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def write_rollout(self, rollout: int, row: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> None:
-        """Commits one rollout: the segments of `tables` (table → column → values), then the `rollouts` row."""
+        """Commits one rollout: the segments of `tables` (table → column → values), then the `rollouts` row with its time."""
         with self._disk():
             for table, columns in tables.items():
                 self._segment(table, rollout, columns)
-            self._segment("rollouts", rollout, {name: [value] for name, value in row.items()})
+            timed = {"time": _utc(), **row}
+            self._segment("rollouts", rollout, {name: [value] for name, value in timed.items()})
             with self._lock:
                 self._status |= {"rollouts": rollout + 1, "heartbeat": _now()}
                 self._write_status()
@@ -312,7 +314,7 @@ class RunWriter:
     ) -> None:
         """Commits one event by itself, and a line in log.txt."""
         columns: dict[str, Sequence[Any]] = {
-            "time": [datetime.now(UTC).replace(tzinfo=None)],
+            "time": [_utc()],
             "rollout": [rollout],
             "kind": [kind],
             "message": [message],
@@ -786,7 +788,7 @@ def _shares(prefix: str, parts: Sequence[str], named: str) -> str:
 
 VIEWS: dict[str, str] = {
     "rollouts": f"""create view rollouts as select
-        run_id, attempt, rollout, prompts, responses, tokens,
+        run_id, attempt, rollout, time, prompts, responses, tokens,
         reward_sum / responses as reward_mean,
         correct / nullif(graded, 0) as mean_at_group,
         groups_correct / prompts as pass_at_group,
@@ -1141,6 +1143,10 @@ def _git_commit() -> str | None:
         return None
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
+
+
+def _utc() -> datetime:
+    return datetime.now(UTC).replace(tzinfo=None)
 
 
 def _now() -> str:

@@ -56,7 +56,9 @@ SERIES = {
 
 def rollout_row(seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
-    row: dict[str, Any] = {name: int(rng.integers(1, 90)) for name in TABLES["rollouts"] if name != "rollout"}
+    row: dict[str, Any] = {
+        name: int(rng.integers(1, 90)) for name in TABLES["rollouts"] if name not in ("rollout", "time")
+    }
     return row | {name: float(rng.random()) for name in row if name.split("_")[0] in ("reward", "entropy", "seconds")}
 
 
@@ -131,6 +133,10 @@ def test_the_fold_holds_what_the_journal_held(writer: RunWriter) -> None:
         write(writer, rollout)
     writer.event("note", "one\nevent", rollout=1, data={"x": 1.5})
     before = answers(writer.folder)
+    with open_runs(writer.folder) as runs:
+        times = runs.sql("select created_at, time from rollouts join runs using (run_id) order by rollout").fetchall()
+        ((told,),) = runs.sql("select time from events").fetchall()
+    assert times[0][0] < times[0][1] < times[1][1] < times[2][1] < told
     writer.close("finished", "")
     assert (writer.folder / "metrics.duckdb").is_file()
     assert not [file for file in committed_segments(writer.folder) if not file.name.startswith(SHARDS)]

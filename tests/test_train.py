@@ -112,7 +112,7 @@ def test_two_runs_of_one_spec_store_identical_series(folder: Path, tmp_path: Pat
     for query in [
         "select * exclude (run_id, attempt) from updates order by rollout, inner_step",
         "select * exclude (run_id, attempt) from samples order by rollout, position, sample",
-        "select * exclude (run_id, attempt, seconds_sample, seconds_reward, seconds_score, seconds_update) "
+        "select * exclude (run_id, attempt, time, seconds_sample, seconds_reward, seconds_score, seconds_update) "
         "from rollouts order by rollout",
     ]:
         assert rows(folder, query) == rows(again, query)
