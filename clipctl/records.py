@@ -12,8 +12,8 @@ from clipctl.engine import ProbeResult, Scores
 from clipctl.ledger import EntropyLedger
 from clipctl.loss import PolicyLoss, UpdateSums
 from clipctl.rollout import Batch, Completion, DrawKey, Problem, Prompt, keyed_rng
+from clipctl.schema import MASSES, NETWORK
 from clipctl.spec import RunSpec
-from clipctl.store import MASSES, NETWORK
 
 Columns = Mapping[str, Sequence[Any] | NDArray[Any]]
 """Values of a table by column."""

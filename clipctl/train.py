@@ -28,6 +28,7 @@ from clipctl.algo import group_advantages, overlong_penalty
 from clipctl.control import TOLERANCE, ControlState, held, next_action, start_control
 from clipctl.engine import EnginePair, Measure, Scores, UpdateResult, open_engine
 from clipctl.errors import AlarmStop, DataError, DivergedError, EngineError, Interrupted, SpecError
+from clipctl.journal import RunWriter, check_place, create_run
 from clipctl.loss import PolicyLoss, UpdateSums
 from clipctl.models import ChatTokenizer, check_device, find_model, load_tokenizer, stop_ids
 from clipctl.records import (
@@ -55,7 +56,6 @@ from clipctl.rollout import (
     stream_indices,
 )
 from clipctl.spec import Ledger, RunSpec, spec_json
-from clipctl.store import RunWriter, check_place, create_run
 from clipctl.tasks import load_problems, task_grader
 
 

@@ -11,7 +11,7 @@ from test_store import SPEC, rollout_row, samples, tables, update_rows, write
 
 from clipctl.analyze import LAST, analyze, safe_text
 from clipctl.errors import SpecError
-from clipctl.store import create_run
+from clipctl.journal import create_run
 
 HOSTILE = "[/INST] [bold]x[/bold] \x1b[31mred\x1b]52;c;aGk=\x07 \x9b2J \u202egnirts \x00 :smile: \\[a] \r end"
 

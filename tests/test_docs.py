@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from clipctl.metrics import METRICS
 from clipctl.spec import RunSpec, preset_names
-from clipctl.store import METRICS, VIEWS
+from clipctl.views import VIEWS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

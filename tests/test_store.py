@@ -19,22 +19,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipctl.errors import SpecError, StoreError
+from clipctl.fold import fold
+from clipctl.folder import committed_segments, state_of
+from clipctl.journal import RunWriter, create_run
+from clipctl.metrics import METRICS
+from clipctl.schema import SCHEMA_VERSION, SHARDS, TABLES
+from clipctl.segments import digest
 from clipctl.spec import load_spec, spec_json
-from clipctl.store import (
-    METRICS,
-    SCHEMA_VERSION,
-    SHARDS,
-    TABLES,
-    VIEWS,
-    Runs,
-    RunWriter,
-    committed_segments,
-    create_run,
-    digest,
-    fold,
-    open_runs,
-    state_of,
-)
+from clipctl.store import Runs, open_runs
+from clipctl.views import VIEWS
 
 SPEC = spec_json(load_spec("tiny", {"clip.high": float("inf")}))
 ENTROPIES_1 = [(0.546038, 8), (0.55644, 8)]
@@ -609,11 +602,11 @@ def test_a_damaged_journal_is_not_folded_away(writer: RunWriter) -> None:
 
 def test_a_fold_while_reading_loses_nothing(writer: RunWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run ends between any two steps of the reader: all its rows are seen."""
-    import clipctl.store as store
+    import clipctl.folder as folder
 
     for rollout in range(3):
         write(writer, rollout)
-    real, calls = store._read_store, [0]
+    real, calls = folder._read_store, [0]
 
     def read_then_close(*arguments: Any) -> Any:
         found = real(*arguments)
@@ -622,7 +615,7 @@ def test_a_fold_while_reading_loses_nothing(writer: RunWriter, monkeypatch: pyte
             writer.close("finished", "")
         return found
 
-    monkeypatch.setattr(store, "_read_store", read_then_close)
+    monkeypatch.setattr(folder, "_read_store", read_then_close)
     with open_runs(writer.folder) as runs:
         assert runs.sql("select count(*) from rollouts").fetchall() == [(3,)]
         assert runs.sql("select problem from runs").fetchall() == [(None,)]

@@ -1,0 +1,64 @@
+"""Files that are complete or absent: Parquet segments, and small files with new content.
+
+A segment is written under another name, fsynced and renamed, with a digest of its content in its name.
+"""
+
+import os
+from collections.abc import Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from clipctl.schema import arrow_schema
+
+
+def write_segment(journal: Path, stem: str, table: str, columns: Mapping[str, Any]) -> None:
+    """One Parquet segment, complete or absent, `<stem>-<digest of the content>.parquet`. Raises OSError.
+
+    The digest is in the name because page checksums do not cover the headers of pages and of the file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = arrow_schema(table)
+    rows = pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema}, schema=schema)
+    floats = [field.name for field in schema if pa.types.is_floating(field.type)]
+    beside = journal / f".{stem}"
+    try:
+        pq.write_table(
+            rows,
+            beside,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=[field.name for field in schema if field.name not in floats],
+            column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
+            write_page_checksum=True,
+        )
+        sync(beside)
+        beside.rename(journal / f"{stem}-{digest(beside.read_bytes())}.parquet")
+        sync(journal)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def digest(content: bytes) -> str:
+    """Eight hex digits of BLAKE2b."""
+    return blake2b(content, digest_size=4).hexdigest()
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """The file with new content, or, after a crash, with its old one."""
+    beside = file.with_name(f".{file.name}")
+    with beside.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    beside.rename(file)
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
