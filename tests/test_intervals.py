@@ -199,9 +199,11 @@ def test_bca_of_many_even_values_is_the_normal_interval() -> None:
 
 
 def test_resampling_in_pieces_gives_the_same_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same draws; matrix products of other sizes round differently in the last bit."""
     whole = interval(SKEWED, resamples=5000)
     monkeypatch.setattr("clipctl.intervals.CHUNK_ELEMENTS", 27)
-    assert interval(SKEWED, resamples=5000) == whole
+    pieces = interval(SKEWED, resamples=5000)
+    assert (pieces.low, pieces.high) == pytest.approx((whole.low, whole.high), rel=1e-12)
 
 
 def test_the_generator_decides() -> None:
@@ -471,7 +473,8 @@ def test_the_other_way_round_is_the_negative() -> None:
 
 
 def test_pairing_sees_what_two_separate_intervals_do_not() -> None:
-    """Problems differ much, the second evaluation is better by 0.05 on nearly each of them."""
+    """Problems differ much, the second evaluation is better by 0.05 on nearly each of them; the standard error of the
+    difference is 0.006, so its lower end is six of them below at most."""
     generator = rng(14)
     rate_P = generator.beta(0.5, 0.5, 300)
     first = {str(at): float(value) for at, value in enumerate(rate_P)}
@@ -480,7 +483,7 @@ def test_pairing_sees_what_two_separate_intervals_do_not() -> None:
     alone = [interval(list(values.values())) for values in (first, second)]
     assert alone[0].high > alone[1].low
     found = compare(second, first, rng())
-    assert found.difference.low > 0.03
+    assert found.difference.low > 0.05 - 6 * 0.1 / math.sqrt(300)
     assert found.difference.reliable
 
 
