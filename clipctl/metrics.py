@@ -29,7 +29,7 @@ METRICS: dict[str, str] = {
     "mismatch_sum": "its sum over scored tokens",
     "mismatch_mean": "mismatch_sum / tokens_scored",
     "seconds_sample": "wall time of sampling",
-    "seconds_reward": "wall time of decoding, grading and advantages",
+    "seconds_reward": "wall time from the last sample to the advantages: decoding and grading overlap sampling",
     "seconds_score": "wall time of scoring π_old",
     "seconds_update": "wall time of all updates",
     "loss": "-Σ w·objective over the optimizer batch",

@@ -41,7 +41,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to sample. `stop_ids` end a response and are part of it."""
+    """How to sample. `stop_ids` end a response and are part of it; at temperature 0 the likeliest token is taken."""
 
     max_tokens: int
     temperature: float

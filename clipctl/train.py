@@ -10,7 +10,7 @@ import json
 import operator
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from clipctl.alarms import RolloutFacts, new_alarms
 from clipctl.algo import group_advantages, overlong_penalty
@@ -31,6 +32,7 @@ from clipctl.errors import AlarmStop, DataError, DivergedError, EngineError, Int
 from clipctl.journal import RunWriter, check_place, create_run
 from clipctl.loss import PolicyLoss, UpdateSums
 from clipctl.models import ChatTokenizer, check_device, find_model, load_tokenizer, stop_ids
+from clipctl.overlap import work_while_making
 from clipctl.records import (
     Columns,
     Group,
@@ -277,9 +279,8 @@ def draw_groups(job: Job, rollout: int, position: int) -> Drawn:
     while useful < wanted and len(seconds) <= (job.spec.rollout.max_refills if dynamic else 0):
         started = perf_counter()
         problems, prompts = next_prompts(job, rollout, position, wanted - useful)
-        completions = job.engine.sampler.sample(prompts, job.spec.rollout.group_size, job.params)
-        sampled = perf_counter()
-        groups += score_groups(job, problems, prompts, completions)
+        scored, sampled = sample_groups(job, problems, prompts)
+        groups += with_advantages(job, problems, prompts, scored)
         position += len(prompts)
         seconds.append((sampled - started, perf_counter() - sampled))
         useful = sum(group.has_advantage for group in groups)
@@ -301,25 +302,58 @@ def next_prompts(job: Job, rollout: int, position: int, count: int) -> tuple[lis
     return [job.data.problems[index] for index in indices], prompts
 
 
-def score_groups(
-    job: Job, problems: Sequence[Problem], prompts: Sequence[Prompt], completions: list[list[Completion]]
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """One prompt's samples with their texts, rewards (float64) and outcomes."""
+
+    completions: list[Completion]
+    texts: list[str]
+    rewards_G: NDArray[np.float64]
+    outcomes: Sequence[str | None]
+
+
+def sample_groups(job: Job, problems: Sequence[Problem], prompts: Sequence[Prompt]) -> tuple[list[ScoredGroup], float]:
+    """The groups in the order of their prompts, decoded and scored while others are sampled, and the time at which the last
+    one was sampled."""
+    found: dict[int, ScoredGroup] = {}
+    ended = perf_counter()
+
+    def sampled() -> Iterator[tuple[int, list[Completion]]]:
+        nonlocal ended
+        yield from job.engine.sampler.sample(prompts, job.spec.rollout.group_size, job.params)
+        ended = perf_counter()
+
+    def score(waiting: list[tuple[int, list[Completion]]]) -> None:
+        places = [place for place, _ in waiting]
+        texts = [[job.tokenizer.decode(completion.token_ids) for completion in group] for _, group in waiting]
+        keys = [prompts[place].key for place in places]
+        rewards_PG, outcomes = job.scorer.score([problems[place] for place in places], keys, texts)
+        for row, (place, group) in enumerate(waiting):
+            found[place] = ScoredGroup(group, texts[row], rewards_PG[row], outcomes[row])
+
+    work_while_making(sampled(), score)
+    return [found[place] for place in range(len(prompts))], ended
+
+
+def with_advantages(
+    job: Job, problems: Sequence[Problem], prompts: Sequence[Prompt], scored: Sequence[ScoredGroup]
 ) -> list[Group]:
-    """Rewards (with the soft overlong penalty) and group advantages of the sampled completions."""
+    """The groups with the soft overlong penalty in their rewards, and their advantages."""
     spec = job.spec
-    texts = [[job.tokenizer.decode(completion.token_ids) for completion in group] for group in completions]
-    rewards_PG, outcomes = job.scorer.score(problems, [prompt.key for prompt in prompts], texts)
-    lengths_PG = torch.tensor([[len(completion.token_ids) for completion in group] for group in completions])
+    lengths_PG = torch.tensor([[len(completion.token_ids) for completion in group.completions] for group in scored])
     penalty_PG = overlong_penalty(
         lengths_PG,
         max_tokens=spec.rollout.max_response_tokens,
         buffer=spec.rollout.overlong_buffer,
         penalty=spec.rollout.overlong_penalty,
     )
-    rewards_PG = rewards_PG + penalty_PG.numpy()
+    rewards_PG = np.stack([group.rewards_G for group in scored]) + penalty_PG.numpy()
     advantages_PG = group_advantages(torch.from_numpy(rewards_PG)).numpy()
     return [
-        Group(problems[at], prompts[at], completions[at], texts[at], rewards_PG[at], advantages_PG[at], outcomes[at])
-        for at in range(len(prompts))
+        Group(
+            problems[at], prompts[at], group.completions, group.texts, rewards_PG[at], advantages_PG[at], group.outcomes
+        )
+        for at, group in enumerate(scored)
     ]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from clipctl.engine.attention import use_grouped_attention
 from clipctl.engine.torch_sampler import TorchSampler, draw_tokens, nucleus
-from clipctl.rollout import DrawKey, Prompt, SamplingParams
+from clipctl.rollout import Completion, DrawKey, Prompt, SamplingParams
 
 PROMPTS = [[5, 7, 9], [11], [3, 2, 1, 8, 6, 4, 20], [30, 31], [12, 13, 14, 15]]
 STOPS = frozenset(range(0, VOCABULARY, 12))
@@ -26,6 +26,12 @@ def params(temperature: float = 1.0, top_p: float = 1.0, max_tokens: int = 24) -
     return SamplingParams(max_tokens, temperature, top_p, STOPS)
 
 
+def groups_of(sampler: TorchSampler, prompts: list[Prompt], n: int, params: SamplingParams) -> list[list[Completion]]:
+    """In the order of the prompts."""
+    found = dict(sampler.sample(prompts, n, params))
+    return [found[place] for place in range(len(prompts))]
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
     return use_grouped_attention(random_llama())
@@ -35,7 +41,9 @@ def model() -> Any:
 def test_logprobs_are_those_of_the_whole_text_without_a_cache(temperature: float) -> None:
     reference = random_llama()
     model = use_grouped_attention(random_llama())
-    for prompt, group in zip(prompts(), TorchSampler(model, 64).sample(prompts(), 3, params(temperature)), strict=True):
+    for prompt, group in zip(
+        prompts(), groups_of(TorchSampler(model, 64), prompts(), 3, params(temperature)), strict=True
+    ):
         for completion in group:
             text = prompt.token_ids + completion.token_ids
             logits = reference(torch.tensor([text])).logits[0].double() / temperature
@@ -46,7 +54,7 @@ def test_logprobs_are_those_of_the_whole_text_without_a_cache(temperature: float
 
 
 def test_a_response_ends_with_its_stop_token_or_at_the_maximum(model: Any) -> None:
-    completions = [c for group in TorchSampler(model, 64).sample(prompts(), 8, params()) for c in group]
+    completions = [c for group in groups_of(TorchSampler(model, 64), prompts(), 8, params()) for c in group]
     assert {completion.finish for completion in completions} == {"stop", "length"}
     for completion in completions:
         assert len(completion.token_ids) == len(completion.logprobs)
@@ -57,16 +65,50 @@ def test_a_response_ends_with_its_stop_token_or_at_the_maximum(model: Any) -> No
 
 @pytest.mark.parametrize("rows", [1, 4, 7, 1000])
 def test_draws_do_not_depend_on_waves_or_order(model: Any, rows: int) -> None:
-    tokens = [[c.token_ids for c in group] for group in TorchSampler(model, 64).sample(prompts(), 4, params())]
+    tokens = [[c.token_ids for c in group] for group in groups_of(TorchSampler(model, 64), prompts(), 4, params())]
     order = [3, 0, 4]
-    again = TorchSampler(model, rows).sample(prompts(order), 4, params())
+    again = groups_of(TorchSampler(model, rows), prompts(order), 4, params())
     assert [[c.token_ids for c in group] for group in again] == [tokens[at] for at in order]
+
+
+@pytest.mark.parametrize("done", [{3}, {0, 1, 4}, {1, 2, 3}, {0, 1, 2, 3, 4}])
+def test_what_is_done_changes_nothing_of_the_rest(model: Any, done: set[int]) -> None:
+    """Bit for bit, log-probabilities too, whichever part of a wave is done; waves of 2 prompts."""
+    whole = dict(TorchSampler(model, 8).sample(prompts(), 4, params()))
+    rest = dict(TorchSampler(model, 8).sample(prompts(), 4, params(), done=done))
+    assert rest == {place: group for place, group in whole.items() if place not in done}
+
+
+def test_groups_come_wave_by_wave_and_finished_waves_are_not_decoded_again(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[list[int]] = []
+    real = TorchSampler._decode
+
+    def note(self: TorchSampler, prompts: Any, n: int, params: SamplingParams) -> Any:
+        decoded.append([prompt.key.position for prompt in prompts])
+        return real(self, prompts, n, params)
+
+    monkeypatch.setattr(TorchSampler, "_decode", note)
+    stream = TorchSampler(model, 8).sample(prompts(), 4, params(), done={1, 3})
+    assert [next(stream)[0], len(decoded)] == [0, 1]
+    assert decoded == [[0, 4]]  # the wave of 1 and 3, the shortest prompts, is done
+    assert [place for place, _ in stream] == [4, 2]
+
+
+def test_temperature_0_takes_the_likeliest_token(model: Any) -> None:
+    reference = random_llama()
+    for prompt, group in zip(prompts(), groups_of(TorchSampler(model, 64), prompts(), 1, params(0.0)), strict=True):
+        text = prompt.token_ids + group[0].token_ids
+        likeliest = reference(torch.tensor([text])).logits[0].argmax(-1).tolist()
+        assert group[0].token_ids == likeliest[len(prompt.token_ids) - 1 : -1]
+        assert set(group[0].logprobs) == {0.0}
 
 
 def test_samples_of_a_group_and_of_other_rollouts_differ(model: Any) -> None:
     sampler = TorchSampler(model, 64)
-    group = sampler.sample(prompts([2]), 8, params())[0]
-    other = sampler.sample([Prompt(PROMPTS[2], DrawKey(1, 3, 2))], 8, params())[0]
+    group = groups_of(sampler, prompts([2]), 8, params())[0]
+    other = groups_of(sampler, [Prompt(PROMPTS[2], DrawKey(1, 3, 2))], 8, params())[0]
     assert len({tuple(completion.token_ids) for completion in group}) == 8
     assert all(a.token_ids != b.token_ids for a, b in zip(group, other, strict=True))
 
@@ -74,7 +116,7 @@ def test_samples_of_a_group_and_of_other_rollouts_differ(model: Any) -> None:
 def test_first_tokens_follow_the_policy(model: Any) -> None:
     """Chi-square over the first token of 4000 samples; 5 standard deviations of its law is the bound."""
     n = 4000
-    group = TorchSampler(model, n).sample(prompts([1]), n, params(max_tokens=1))[0]
+    group = groups_of(TorchSampler(model, n), prompts([1]), n, params(max_tokens=1))[0]
     counts = np.bincount([completion.token_ids[0] for completion in group], minlength=VOCABULARY)
     with torch.no_grad():
         expected = n * torch.softmax(random_llama()(torch.tensor([PROMPTS[1]])).logits[0, -1].double(), -1).numpy()
@@ -119,8 +161,8 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p() -> None:
 def test_weights_of_another_model_are_taken_over(model: Any) -> None:
     own, other = use_grouped_attention(random_llama()), random_llama(seed=5)
     sampler = TorchSampler(own, 64)
-    before = sampler.sample(prompts(), 2, params())
+    before = groups_of(sampler, prompts(), 2, params())
     sampler.update_weights(other.named_parameters(), version=1)
-    expected = TorchSampler(use_grouped_attention(other), 64).sample(prompts(), 2, params())
-    assert sampler.sample(prompts(), 2, params()) == expected
+    expected = groups_of(TorchSampler(use_grouped_attention(other), 64), prompts(), 2, params())
+    assert groups_of(sampler, prompts(), 2, params()) == expected
     assert before != expected

@@ -3,7 +3,7 @@
 Dimension letters as in `clipctl.rollout`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -25,8 +25,14 @@ the change of their entropy should be through the network."""
 class Sampler(Protocol):
     """Draws responses from the current policy."""
 
-    def sample(self, prompts: Sequence[Prompt], n: int, params: SamplingParams) -> list[list[Completion]]:
-        """n completions of each prompt; the draws depend on the prompt's key and the sample's number alone."""
+    def sample(
+        self, prompts: Sequence[Prompt], n: int, params: SamplingParams, *, done: Collection[int] = ()
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """(place among `prompts`, its n completions) of each prompt as soon as its group is finished, in any order.
+
+        The draws depend on the prompt's key and the sample's number alone. done: places that are not wanted any more;
+        those that are come out as they would have without it, to the last bit where the engine is that exact.
+        """
         ...
 
     def update_weights(self, weights: Iterator[tuple[str, "Tensor"]], version: int) -> None:

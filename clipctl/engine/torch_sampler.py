@@ -5,7 +5,7 @@ and a token is the inverse of the cumulative distribution at a uniform number th
 sample, token): any batch composition draws the same token from the same distribution.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,18 +29,20 @@ class TorchSampler:
         self.model = model
         self.rows = rows
 
-    def sample(self, prompts: Sequence[Prompt], n: int, params: SamplingParams) -> list[list[Completion]]:
-        """n completions of each prompt, in the prompts' order."""
-        self.model.eval()
+    def sample(
+        self, prompts: Sequence[Prompt], n: int, params: SamplingParams, *, done: Collection[int] = ()
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """(place, n completions) of each prompt that is not done, wave by wave, the shortest prompts first."""
         wave = max(1, self.rows // n)
         by_length = sorted(range(len(prompts)), key=lambda at: len(prompts[at].token_ids))
-        completions: list[list[Completion]] = [[] for _ in prompts]
         for start in range(0, len(prompts), wave):
             places = by_length[start : start + wave]
+            if all(place in done for place in places):
+                continue
+            # What is done is decoded again beside the rest of its wave: another wave would round differently.
+            self.model.eval()
             groups = self._decode([prompts[place] for place in places], n, params)
-            for place, group in zip(places, groups, strict=True):
-                completions[place] = group
-        return completions
+            yield from ((place, group) for place, group in zip(places, groups, strict=True) if place not in done)
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
         """Copies what is not the same memory; with the torch trainer on one device everything is."""
@@ -67,8 +69,13 @@ class TorchSampler:
         stopped_R = torch.zeros(rows, dtype=torch.bool, device=device)
         in_cache_B = alive_B
         for step in range(params.max_tokens):
-            logits_BV = float32_logits(hidden_BD, self.model.lm_head.weight) / params.temperature
-            token_B, logprob_B = draw_tokens(logits_BV, uniform_BT[in_cache_B, step], params.top_p)
+            logits_BV = float32_logits(hidden_BD, self.model.lm_head.weight)
+            if params.temperature == 0:
+                token_B = logits_BV.argmax(-1)
+                logprob_B = torch.zeros_like(token_B, dtype=torch.float32)
+            else:
+                scaled_BV = logits_BV / params.temperature
+                token_B, logprob_B = draw_tokens(scaled_BV, uniform_BT[in_cache_B, step], params.top_p)
             tokens_RT[in_cache_B, step] = token_B
             logprobs_RT[in_cache_B, step] = logprob_B
             ended_B = torch.isin(token_B, stop) & ~stopped_R[in_cache_B]

@@ -31,7 +31,7 @@ def random_prompts(count: int, length: int, vocabulary: int) -> list[Prompt]:
 
 def ours(model: Any, prompts: list[Prompt], group: int, tokens: int, rows: int) -> int:
     groups = TorchSampler(model, rows).sample(prompts, group, SamplingParams(tokens, 1.0, 1.0, frozenset()))
-    return sum(len(completion.token_ids) for completions in groups for completion in completions)
+    return sum(len(completion.token_ids) for _, completions in groups for completion in completions)
 
 
 def theirs(model: Any, prompts: list[Prompt], group: int, tokens: int, rows: int) -> int:
