@@ -112,6 +112,12 @@ def analyze(
         list[str] | None, typer.Option(metavar="KEY=V1,V2", help="For what-if: clip.low=... and clip.high=...")
     ] = None,
     output: Annotated[str, typer.Option("--format", help="table, json or csv.")] = "table",
+    export: Annotated[
+        tuple[str, Path] | None,
+        typer.Option(
+            metavar="FORMAT DIR", help="Write each run to a folder in DIR for another tracker: tensorboard or wandb."
+        ),
+    ] = None,
 ) -> None:
     """Read runs, finished, live or broken, and print a view or the answer to a query.
 
@@ -121,6 +127,11 @@ def analyze(
     Examples: clipctl analyze runs/ --view what-if --grid clip.low=0.1,0.15,0.3 --grid clip.high=0.2,inf |
     clipctl analyze runs/ --sql "select run_id, rollout, entropy from rollouts"
     """
+    if export is not None:
+        from clipctl.exporters import export_paths
+
+        print("\n".join(map(str, export_paths(paths, *export))))
+        return
     from clipctl.analyze import analyze as answer
 
     print(answer(paths, sql, output, sys.stdout.isatty(), view=view, grid=grid or []))
