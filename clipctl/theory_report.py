@@ -308,7 +308,7 @@ def step_rows(curves: dict[str, dict[str, dict[str, Floats]]]) -> list[dict[str,
                     "algorithm": NAMES[algorithm],
                     "arm": arm,
                     "first": float(values[:, 0].mean()),
-                    "last": _with_interval(values[:, -1]),
+                    "last": _with_interval(values[:, -1], sign=""),
                     "change": _with_interval(values[:, -1] - values[:, 0]),
                     "against neither": ""
                     if arm == "neither"
@@ -421,8 +421,8 @@ def _slope_columns(slopes: Floats) -> dict[str, Any]:
     }
 
 
-def _with_interval(values: Floats) -> str:
-    return f"{values.mean():+.4f} ± {_half_width(values[:, None])[0]:.4f}"
+def _with_interval(values: Floats, sign: str = "+") -> str:
+    return f"{values.mean():{sign}.4f} ± {_half_width(values[:, None])[0]:.4f}"
 
 
 def _half_width(values: Floats) -> Floats:
