@@ -1,8 +1,4 @@
-r"""Answers taken out of completions and compared with gold answers, and the killable processes that compare formulas.
-
-`gsm8k` compares the last number of the text and needs nothing but Python. `math` compares what stands in the last
-`\boxed{}` (else after the last "Answer:", else the last formula or number) by Math-Verify, which can hang, eat memory
-and, with gmpy2 installed, ignore signals. So it only ever runs in workers that are killed from outside:
+r"""The killable processes in which formulas are read and compared.
 
     this process ── pipe ── server (one thread, Math-Verify imported once) ── forks ── workers, one formula each
 
@@ -16,7 +12,6 @@ import gc
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -25,293 +20,23 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from decimal import Decimal
-from functools import lru_cache
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from time import monotonic
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Self
 
-from clipctl.errors import DataError, DependencyError, EngineError
+from clipctl.errors import DependencyError, EngineError
 
-Outcome = Literal["correct", "wrong", "no_answer", "timeout", "crash", "too_long"]
-OUTCOMES: tuple[Outcome, ...] = ("correct", "wrong", "no_answer", "timeout", "crash", "too_long")
-
-SEARCHED_CHARACTERS = 65_536
-"""The end of a completion that is searched for an answer."""
-ANSWER_CHARACTERS = 2_000
-"""A longer answer is `too_long`; no benchmark has one over 200."""
 MEMORY_BYTES = 4 << 30
 """Address space of a worker; ordinary gradings stay under a twentieth of it."""
 GRADINGS_PER_WORKER = 2_000
 """A worker is replaced after so many, because sympy's caches only grow."""
+ANSWER_BYTES = 1 << 20
+"""What a worker may send back."""
+LOST_SECONDS = 60
+"""How much longer than its limits allow the server may take before it counts as lost."""
 KEPT_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONHOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
-
-# --- gsm8k: the last number -----------------------------------------------------------------------------------------
-
-FULLWIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
-MINUS_SIGNS = dict.fromkeys(map(ord, "−﹣‒"), ord("-"))
-THIN_SPACES = dict.fromkeys(map(ord, "\u00a0\u2009\u202f"), 0x2009)
-PLAIN = FULLWIDTH | MINUS_SIGNS | THIN_SPACES
-TEX_IN_NUMBERS = (("{,}", ","), ("\\!", ""), ("\\,", "\u2009"), ("\\$", "$"), ("\\%", "%"))
-
-CURRENCY = "$€£¥₹₽₩₺₪฿₫₦"
-DIGITS = r"(?: \d{1,3} (?: [,\u2009]\d{3} )+ (?!\d) | \d+ ) (?: \.\d+ )?"
-NUMBER = re.compile(
-    rf"""
-    (?<![^\W_]) (?<![^\W_]_) (?<![^\W\d_]-)                         # not in a word or its index
-    (?<!\^) (?<!\^-) (?<![\^_]\{{) (?<!\^\{{-) (?<!\d\.)            # nor an exponent, nor a part of a version
-    (?P<sign> (?<![\w)\]}}.]) - [{CURRENCY}]? | (?<![\w)\]}}.]) [{CURRENCY}] - )?
-    (?: \\[dt]?frac \{{ (?P<top>\d{{1,18}}) \}} \{{ (?P<bottom>\d{{1,18}}) \}}
-      | (?<!/) (?: (?P<whole>\d{{1,18}}) [ ] )? (?P<over>\d{{1,18}}) / (?P<under>\d{{1,18}}) (?![\d/]) (?!\.\d)
-      | (?P<digits> (?> {DIGITS} | (?<![\w.]) \.\d+ ) ) (?!\.\d)
-        (?: [eE] (?P<e> [+-]?\d{{1,3}} ) (?!\w)
-          | [ ]? (?: × | \* | \\times | \\cdot ) [ ]? 10 [ ]? \^ \{{? (?P<ten> -?\d{{1,3}} ) (?!\d) \}}? )?
-    )
-    """,
-    re.VERBOSE | re.ASCII,
-)
-
-
-def last_number(text: str) -> str | None:
-    r"""The last number of the text in one canonical form ("18", "-2.5", "3/4"), None where there is none.
-
-    The rules (source: "string match of the last numerical value", arXiv 2509.26114): thousands commas, currency signs,
-    percent signs, trailing dots and trailing zeros of decimals do not count, so "$1,234.50" is "1234.5" and "50%" is
-    "50". Signs count, U+2212 and full width too, but not the hyphen of "10-5". A number may carry a unit ("18kg"), but
-    digits after a letter ("H2O", "week-3"), in an exponent or index ("18 cm^2", "x_3") and in versions ("1.2.3") are
-    none. Powers of ten ("1.5e3", "2 × 10^3") are numbers. A fraction in lowest terms is one number (3/4 is 0.75, 1/3 is
-    "1/3"); any other quotient ("36/2") is unfinished arithmetic and stays as written, equal to no number. Only the
-    last SEARCHED_CHARACTERS of the text are read.
-    """
-    text = _plain(text[-SEARCHED_CHARACTERS:])
-    end = len(text)
-    # No number spans lines, and nearly all are in the last ones: so line by line, from the end.
-    while end >= 0:
-        start = text.rfind("\n", 0, end) + 1
-        last = _last_match(NUMBER, text, start, end)
-        if last is not None:
-            return _canonical(last)
-        end = start - 1
-    return None
-
-
-def _plain(text: str) -> str:
-    text = text.translate(PLAIN)
-    for tex, plain in TEX_IN_NUMBERS:
-        text = text.replace(tex, plain)
-    return text
-
-
-def _last_match(pattern: re.Pattern[str], text: str, start: int = 0, end: int = sys.maxsize) -> re.Match[str] | None:
-    last = deque(pattern.finditer(text, start, end), maxlen=1)
-    return last[0] if last else None
-
-
-def _canonical(number: re.Match[str]) -> str:
-    sign = "-" if number["sign"] else ""
-    if number["digits"]:
-        digits = re.sub(r"[,\u2009]", "", number["digits"])
-        return _plain_decimal(f"{sign}{digits}e{number['e'] or number['ten'] or 0}")
-    top, bottom = int(number["top"] or number["over"]), int(number["bottom"] or number["under"])
-    if bottom < 2 or math.gcd(top, bottom) != 1:
-        return f"{sign}{top}/{bottom}"
-    top += int(number["whole"] or 0) * bottom
-    twos_and_fives = bottom
-    for factor in (2, 5):
-        while twos_and_fives % factor == 0:
-            twos_and_fives //= factor
-    if twos_and_fives != 1:
-        return f"{sign}{top}/{bottom}"
-    places = len(bin(bottom))
-    return _plain_decimal(f"{sign}{top * 10**places // bottom}e-{places}")
-
-
-def _plain_decimal(text: str) -> str:
-    """Exact, without exponent, leading or trailing zeros: "018.50e0" is "18.5"."""
-    plain = format(Decimal(text), "f")
-    if "." in plain:
-        plain = plain.rstrip("0").rstrip(".")
-    return "0" if plain in ("-0", "") else plain
-
-
-def grade_gsm8k(completion: str, answer: str) -> Outcome:
-    """Whether the last number of the completion is that of the gold answer. Raises DataError for a gold without one."""
-    gold = last_number(answer)
-    if gold is None:
-        raise DataError(f"answer {answer[:60]!r} has no number, which the gsm8k grader needs")
-    found = last_number(completion)
-    if found is None:
-        return "no_answer"
-    return "correct" if found == gold else "wrong"
-
-
-# --- math: the last boxed answer --------------------------------------------------------------------------------------
-
-BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$\\]+)")
-ANSWER_COLON = re.compile(r"\banswer\s*(?:\*\*|__)?\s*:", re.IGNORECASE)
-DISPLAY = re.compile(r"(\$\$|\\\[)\s*(.*?)\s*(?:\$\$|\\\])", re.DOTALL)
-WRAPPERS = re.compile(r"\$\$(.*)\$\$|\$(.*)\$|\\\((.*)\\\)|\\\[(.*)\\\]", re.DOTALL)
-TEX_SPACING = re.compile(r"\\[!,;: ]|\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\s|~")
-PLAIN_NUMBER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?", re.ASCII)
-
-Form = Literal["boxed", "line", "tail"]
-
-
-@dataclass(frozen=True, slots=True)
-class Extracted:
-    """Where a completion has its answer, and the text there."""
-
-    form: Form
-    text: str
-
-
-def extract_math(completion: str) -> Extracted | None:
-    r"""The answer of a completion: the inside of the last closed `\boxed{}`, else what follows the last "Answer:" on
-    its line (or the first line after it that has text), else the last 2000 characters, in which Math-Verify looks for
-    the last formula or number. None where there is no text. Linear in the length; reads the last SEARCHED_CHARACTERS.
-    """
-    text = completion[-SEARCHED_CHARACTERS:]
-    box = last_box(text)
-    if box is not None:
-        return Extracted("boxed", box) if box else None
-    line = _answer_line(text)
-    if line:
-        return Extracted("line", line)
-    tail = text.strip()
-    if len(tail) > ANSWER_CHARACTERS:
-        tail = tail[-ANSWER_CHARACTERS:].partition(" ")[2]
-    return Extracted("tail", tail) if tail else None
-
-
-def last_box(text: str) -> str | None:
-    r"""The inside of the last `\boxed{…}` whose braces close (of nested boxes the innermost), stripped, or None.
-
-    One pass with a stack: a search from every box to its end would be quadratic in boxes that never close.
-    """
-    stack: list[tuple[int, int]] = []
-    best_start, best = -1, None
-    for token in BOX_OR_BRACE.finditer(text):
-        if token[0] == "}":
-            if stack:
-                box_start, inside = stack.pop()
-                if box_start > best_start:
-                    best_start, best = box_start, text[inside : token.start()]
-        elif token[0] == "{":
-            stack.append((-1, token.end()))
-        elif token[0].endswith("{") and len(token[0]) > 2:
-            stack.append((token.start(), token.end()))
-    bare = _last_match(BARE_BOX, text, max(best_start, 0))
-    if bare is not None and bare.start() > best_start:
-        best = bare[1]
-    return None if best is None else best.strip()
-
-
-def _answer_line(text: str) -> str:
-    last = _last_match(ANSWER_COLON, text)
-    if last is None:
-        return ""
-    after = text[last.end() :].lstrip("*_ \t\r\n")
-    display = DISPLAY.match(after[: 2 * ANSWER_CHARACTERS])
-    if display is not None:
-        return f"${display[2]}$"
-    return after.partition("\n")[0].strip("*_ \t\r")
-
-
-def compare_cheaply(gold: str, answer: str) -> Outcome | None:
-    """`correct` for equal texts and equal plain numbers, `wrong` for different integers, else None: ask Math-Verify.
-
-    Both texts may be wrapped in dollar signs and carry TeX spacing. Numbers are compared as exact decimals.
-    """
-    gold, answer = _tidy(gold), _tidy(answer)
-    if gold == answer:
-        return "correct" if gold else None
-    if not (PLAIN_NUMBER.fullmatch(gold) and PLAIN_NUMBER.fullmatch(answer)):
-        return None
-    gold_number, number = Decimal(gold.replace(",", "")), Decimal(answer.replace(",", ""))
-    if gold_number == number:
-        return "correct"
-    integers = gold_number == gold_number.to_integral_value() and number == number.to_integral_value()
-    return "wrong" if integers else None
-
-
-def is_plain_number(gold: str) -> bool:
-    """Whether a gold answer can be used as it is, without Math-Verify."""
-    return PLAIN_NUMBER.fullmatch(_tidy(gold)) is not None
-
-
-def _tidy(text: str) -> str:
-    text = text.strip().translate(FULLWIDTH | MINUS_SIGNS).rstrip(".")
-    wrapped = WRAPPERS.fullmatch(text)
-    if wrapped is not None:
-        text = next(inside for inside in wrapped.groups() if inside is not None)
-    text = TEX_SPACING.sub("", text).replace("{,}", ",").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    return text.removeprefix("\\$").removeprefix("$").rstrip(".,") if text[-1:] in ".,$" or text[:1] in "\\$" else text
-
-
-# --- what a worker does with Math-Verify ------------------------------------------------------------------------------
-
-
-def compare_math(gold: str, form: str, text: str) -> str:
-    """The outcome of a `math` grading, or `bad_gold`. It has no time limit: only for processes that can be killed."""
-    from math_verify import verify
-
-    parsed_gold = parse_gold(gold)
-    if not parsed_gold:
-        return "bad_gold"
-    parsed = next(filter(None, map(_parse, _candidates(form, text))), None)
-    if parsed is None:
-        return "no_answer"
-    try:
-        right = verify(parsed_gold, parsed, timeout_seconds=None, raise_on_error=True)
-    except Exception:
-        # One pair of expressions that sympy cannot compare must not hide another that is equal.
-        if not verify(parsed_gold, parsed, timeout_seconds=None):
-            raise
-        right = True
-    return "correct" if right else "wrong"
-
-
-@lru_cache(maxsize=4096)
-def parse_gold(gold: str) -> list[Any]:
-    """A gold answer as Math-Verify reads it (sympy expressions, then the text); empty where it finds no expression."""
-    gold = _without_dollar_amounts(gold)
-    parsed = _parse(gold if "$" in gold or "\\boxed" in gold else f"\\boxed{{{gold}}}") or _parse(gold)
-    return parsed if any(not isinstance(item, str) for item in parsed) else []
-
-
-def _parse(text: str) -> list[Any]:
-    from math_verify import parse
-
-    parsed: list[Any] = parse(text, parsing_timeout=None, raise_on_error=True)
-    return [item for item in parsed if not isinstance(item, str) or item.strip()]
-
-
-def _without_dollar_amounts(text: str) -> str:
-    r"""Math-Verify reads nothing in `\$32,\!348`, and takes it for 32348 without the dollar sign."""
-    return text.replace("\\$", "").replace("\\!", "")
-
-
-def _candidates(form: str, text: str) -> list[str]:
-    """How to show the answer to Math-Verify, in the order in which to try."""
-    text = _without_dollar_amounts(text)
-    if form == "boxed":
-        return [f"\\boxed{{{text}}}"]
-    if form == "tail" or re.search(r"\$|\\\(|\\\[", text):
-        return [text]
-    # Words read as TeX become products of letters; a formula read as plain text loses all but a number.
-    words = re.search(r"[^\W\d_]{3}", text) and not re.search(r"[\\^_{}=]", text)
-    return [text, f"${text}$"] if words else [f"${text}$", text]
-
-
-def answer_request(request: Sequence[str]) -> str:
-    """`["grade", gold, form, text]` → an outcome or `bad_gold`; `["parse", gold]` → `parsed` or `bad_gold`."""
-    if request[0] == "parse":
-        return "parsed" if parse_gold(request[1]) else "bad_gold"
-    return compare_math(*request[1:])
-
 
 # --- the server and its workers ---------------------------------------------------------------------------------------
 
@@ -339,13 +64,14 @@ def serve(fd: int, parent: int, workers: int, timeout: int) -> None:
     _warm_up()
     crew: list[Worker] = []
     try:
-        crew += [_fork(client) for _ in range(workers)]
+        for _ in range(workers):
+            crew.append(_fork(client))
         client.send_bytes(b"ready")
         while os.getppid() == parent:
             if not client.poll(1.0):
                 continue
             batch = json.loads(client.recv_bytes())
-            outcomes = _run_batch(client, crew, batch["requests"], timeout, batch["budget"])
+            outcomes = _run_batch(client, parent, crew, batch["requests"], timeout, batch["budget"])
             client.send_bytes(json.dumps(outcomes).encode())
     except (EOFError, OSError):
         return  # the caller is gone
@@ -360,15 +86,19 @@ def _warm_up() -> None:
     """Imports Math-Verify and runs it once, so that every fork starts with its parser tables built."""
     import logging
 
+    from clipctl.formulas import answer_request
+
     logging.disable(logging.CRITICAL)
-    compare_math("\\frac{1}{2}+x^{2}", "boxed", "x^2+\\frac{\\sqrt{4}}{4}")
-    compare_math("(1,2]", "tail", "so it is $[1, 2)$ or 5")
+    golds = (("\\frac{1}{2}+x^{2}", "boxed", "x^2+\\frac{\\sqrt{4}}{4}"), ("(1,2]", "tail", "so it is $[1, 2)$ or 5"))
+    for gold, form, text in golds:
+        answer_request(["grade", answer_request(["parse", gold]), form, text])
     gc.collect()
     gc.freeze()
 
 
 def _run_batch(
     client: "Connection[bytes, bytes]",
+    parent: int,
     crew: list[Worker],
     requests: list[list[str]],
     timeout: int,
@@ -386,8 +116,9 @@ def _run_batch(
             return outcomes
         next_deadline = min(end, *(worker.deadline for worker in crew))
         ready = wait([*busy, client], max(0.0, min(next_deadline - monotonic(), 1.0)))
-        if client in ready:
-            raise EOFError  # nothing is sent during a batch, so the caller has hung up
+        # Nothing is sent during a batch, so the caller has hung up; a fork of a killed caller may hold the pipe open.
+        if client in ready or os.getppid() != parent:
+            raise EOFError
         for pipe, at in busy.items():
             worker, item = crew[at], crew[at].item
             assert item is not None
@@ -422,7 +153,7 @@ def _give(
 
 def _receive(worker: Worker) -> str:
     try:
-        return worker.pipe.recv_bytes(64).decode()
+        return worker.pipe.recv_bytes(ANSWER_BYTES).decode()
     except (EOFError, OSError):
         return "crash"
 
@@ -433,8 +164,10 @@ def _replace(client: "Connection[bytes, bytes]", worker: Worker) -> Worker:
 
 
 def _end(worker: Worker) -> None:
-    os.kill(worker.pid, signal.SIGKILL)
-    os.waitpid(worker.pid, 0)
+    # It is gone already where a signal cut an earlier call short.
+    with suppress(ProcessLookupError, ChildProcessError):
+        os.kill(worker.pid, signal.SIGKILL)
+        os.waitpid(worker.pid, 0)
     worker.pipe.close()
 
 
@@ -454,6 +187,8 @@ def _fork(client: "Connection[bytes, bytes]") -> Worker:
 
 def _work(pipe: "Connection[bytes, bytes]", server: int) -> None:
     import resource
+
+    from clipctl.formulas import answer_request
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _die_with(server)
@@ -497,7 +232,7 @@ BOOT = (
 
 
 class Workers:
-    """Killable processes that answer requests (see `answer_request`); a context manager.
+    """Killable processes that answer requests (see `formulas.answer_request`); a context manager.
 
     workers: processes; timeout: whole seconds for one request; start: at once, not with the first request. Safe to use
     from any thread; after a fork of the caller the child starts processes of its own. Raises DependencyError without
@@ -506,13 +241,14 @@ class Workers:
 
     def __init__(self, workers: int, timeout: int, *, start: bool = True) -> None:
         assert workers >= 1
-        assert isinstance(timeout, int)
+        assert type(timeout) is int
         assert timeout >= 1
         self.workers, self.timeout = workers, timeout
         self._lock = threading.Lock()
         self._pipe: Connection[bytes, bytes] | None = None
         self._server: subprocess.Popen[bytes] | None = None
-        self._owner = 0
+        self._owner = os.getpid()
+        self._closed = False
         if start:
             self._start()
 
@@ -525,25 +261,32 @@ class Workers:
         self.close()
 
     def run(self, requests: Sequence[Sequence[str]], budget_seconds: float | None = None) -> list[str]:
-        """Outcomes in order; `budget` for those that the budget of the whole call did not reach.
+        """Answers in order; instead of one `timeout`, `crash`, or `budget` where that of the whole call did not reach.
 
         A killed worker costs its own request only. A lost server is replaced once. Raises EngineError when that is
-        lost too.
+        lost too, and when `close` is called meanwhile.
         """
         if not requests:
             return []
         message = json.dumps({"requests": requests, "budget": budget_seconds}).encode()
+        longest = len(requests) * (self.timeout + 1.0)
+        longest = min(longest, math.inf if budget_seconds is None else budget_seconds) + LOST_SECONDS
+        self._after_fork()
         with self._lock:
             for _ in range(2):
-                if self._server is None or self._owner != os.getpid():
-                    self._start()
-                assert self._pipe is not None
                 answered = False
                 try:
+                    if self._server is None and not self._closed:
+                        self._start()
+                    # `close` sets this and then ends the server, so that one of the two always notices the other.
+                    if self._closed:
+                        raise EngineError("the grading processes were ended while they were in use")
+                    assert self._pipe is not None
                     self._pipe.send_bytes(message)
-                    outcomes: list[str] = json.loads(self._pipe.recv_bytes())
-                    answered = True
-                    return outcomes
+                    if self._pipe.poll(longest):
+                        answers: list[str] = json.loads(self._pipe.recv_bytes())
+                        answered = True
+                        return answers
                 except (EOFError, OSError):
                     continue
                 finally:
@@ -553,9 +296,30 @@ class Workers:
         raise EngineError("the grading processes died twice in one batch; is memory short, or are they being killed?")
 
     def close(self) -> None:
-        """Ends all processes and waits for them. More requests would start them again."""
-        with self._lock:
+        """Ends all processes, for good, and waits for them; a `run` under way in another thread ends at once."""
+        self._after_fork()
+        self._closed = True
+        server = self._server
+        if server is not None:
+            server.terminate()
+        if not self._lock.acquire(timeout=5):
+            if server is not None:
+                server.kill()
+            self._lock.acquire()
+        try:
             self._stop()
+        finally:
+            self._lock.release()
+
+    def _after_fork(self) -> None:
+        """In a forked child: another thread of the parent may hold the lock for ever, and pipe and server are its."""
+        if self._owner != os.getpid():
+            self._lock = threading.Lock()
+            self._owner = os.getpid()
+            self._server = None
+            if self._pipe is not None:
+                self._pipe.close()
+                self._pipe = None
 
     def _start(self) -> None:
         from importlib.util import find_spec
@@ -564,38 +328,67 @@ class Workers:
             raise DependencyError(
                 "math-verify is not installed; the math grader needs it: pip install 'math-verify[antlr4_13_2]==0.9.0'"
             )
-        ours, theirs = Pipe()
+        self._pipe, theirs = Pipe()
         kept = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
         arguments = [theirs.fileno(), os.getpid(), self.workers, self.timeout]
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", BOOT, json.dumps([path or os.getcwd() for path in sys.path]), *map(str, arguments)],
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env=kept | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
-            # A Ctrl-C at the terminal is for the caller, who then ends these processes.
-            start_new_session=True,
-        )
-        theirs.close()
-        self._pipe, self._owner = ours, os.getpid()
+        started = False
         try:
-            ours.recv_bytes()
+            self._server = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    BOOT,
+                    json.dumps([path or os.getcwd() for path in sys.path]),
+                    *map(str, arguments),
+                ],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=kept | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
+                # A Ctrl-C at the terminal is for the caller, who then ends these processes.
+                start_new_session=True,
+            )
+            theirs.close()
+            self._pipe.recv_bytes()
+            started = True
         except (EOFError, OSError):
-            self._stop()
-            raise EngineError(
-                "the grading processes did not start; `python -c 'import math_verify'` may show why"
-            ) from None
+            message = "the grading processes did not start; `python -c 'import math_verify'` may show why"
+            raise EngineError(message) from None
+        finally:
+            theirs.close()
+            if not started:
+                self._stop()
 
     def _stop(self) -> None:
         server, pipe = self._server, self._pipe
         self._server, self._pipe = None, None
         if pipe is not None:
             pipe.close()
-        if server is None or self._owner != os.getpid():
+        if server is None:
             return
         server.terminate()
         try:
             server.wait(5)
         except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
+            server.kill()
             server.wait()
+
+
+PARSED_GOLDS: dict[str, str] = {}
+"""Golds as workers have parsed them, once for the life of this process, which does not look inside."""
+PARSED_AT_MOST = 200_000
+
+
+def parse_golds(workers: Workers, golds: Sequence[str], budget_seconds: float | None = None) -> dict[str, str]:
+    """Each gold answer in its parsed form, which the request "grade" wants; or `bad_gold`, `timeout`, `crash`, `budget`
+    (NOT_PARSED) where it has none."""
+    known = {gold: PARSED_GOLDS.get(gold) for gold in golds}
+    new = [gold for gold, parsed in known.items() if parsed is None]
+    answers = dict(zip(new, workers.run([("parse", gold) for gold in new], budget_seconds), strict=True))
+    if len(PARSED_GOLDS) + len(new) > PARSED_AT_MOST:
+        PARSED_GOLDS.clear()
+    PARSED_GOLDS.update((gold, answer) for gold, answer in answers.items() if answer not in NOT_PARSED)
+    return {gold: parsed or answers[gold] for gold, parsed in known.items()}
+
+
+NOT_PARSED = frozenset({"bad_gold", "timeout", "crash", "budget"})

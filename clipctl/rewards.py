@@ -1,8 +1,8 @@
 """Rewards: a score for every (completion, problem), graded, drawn at random, or made by a function of the user's own.
 
 Whatever the reward is, the outcome of every completion is recorded beside it: under a random reward too, the task's
-grader says what was correct. Grading itself is in `clipctl.grading_worker`; formulas are compared in processes that
-are killed at their limit. Dimension letters as in `clipctl.rollout`.
+grader says what was correct. `clipctl.answers` finds answers, `clipctl.formulas` compares formulas, in processes that
+`clipctl.grading_worker` kills at their limit. Dimension letters as in `clipctl.rollout`.
 """
 
 import atexit
@@ -16,23 +16,24 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from numbers import Real
+from time import monotonic
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clipctl.errors import DataError, DivergedError, SpecError
-from clipctl.grading_worker import (
+from clipctl.answers import (
     ANSWER_CHARACTERS,
     OUTCOMES,
     Extracted,
     Outcome,
-    Workers,
     compare_cheaply,
     extract_math,
     grade_gsm8k,
 )
+from clipctl.errors import DataError, DivergedError, SpecError
+from clipctl.grading_worker import NOT_PARSED, Workers, parse_golds
 from clipctl.rollout import DrawKey, Problem, keyed_rng
 from clipctl.spec import (
     BernoulliReward,
@@ -70,7 +71,7 @@ class GradingPool:
         self.close()
 
     def close(self) -> None:
-        """Ends the processes and waits for them."""
+        """Ends the processes, for good, and waits for them; a grading under way in another thread ends at once."""
         self._workers.close()
 
     def grade_many(
@@ -79,7 +80,7 @@ class GradingPool:
         """The outcome of each completion against its gold answer, in order; kind: a key of GRADERS.
 
         budget_seconds: for the whole call; what is not graded by then is `timeout`. Raises SpecError for an unknown
-        kind, DataError for a gold answer that the grader cannot read.
+        kind, DataError for a gold answer that the grader cannot read, EngineError when `close` ends the processes meanwhile.
         """
         assert len(completions) == len(answers)
         return GRADERS[_known(kind)](self, completions, answers, budget_seconds)
@@ -96,8 +97,13 @@ class GradingPool:
                 if outcome is not None:
                     settled[gold, answer] = outcome
         open_ = list(dict.fromkeys((gold, answer) for gold, answer in keys if answer and (gold, answer) not in settled))
-        requests = [("grade", gold, answer.form, answer.text) for gold, answer in open_]
-        for key, outcome_text in zip(open_, self._workers.run(requests, budget_seconds), strict=True):
+        end = None if budget_seconds is None else monotonic() + budget_seconds
+        parsed = parse_golds(self._workers, [gold for gold, _ in open_], budget_seconds)
+        settled |= {key: _outcome(parsed[key[0]], key[0]) for key in open_ if parsed[key[0]] in NOT_PARSED}
+        open_ = [key for key in open_ if key not in settled]
+        requests = [("grade", parsed[gold], answer.form, answer.text) for gold, answer in open_]
+        left = None if end is None else max(0.0, end - monotonic())
+        for key, outcome_text in zip(open_, self._workers.run(requests, left), strict=True):
             settled[key] = _outcome(outcome_text, key[0])
             # A timeout or crash may be the machine's fault, so it is not remembered.
             if outcome_text in ("correct", "wrong", "no_answer"):
@@ -121,8 +127,9 @@ def settle(gold: str, answer: Extracted) -> Outcome | None:
 def grade(kind: str, completion: str, answer: str) -> str:
     r"""The outcome of one completion: correct, wrong, no_answer, timeout, crash or too_long.
 
-    kind: "gsm8k", the last number of the text; "math", Math-Verify on the last `\boxed{}`, else on what follows the
-    last "Answer:", else on the last formula or number, 5 s at most, in a process that is kept for the next call.
+    kind: "gsm8k", the last number of the text; "math", Math-Verify on the last `\boxed{}`, else on what follows a
+    closing "####" or the last "Answer:", else on the last formula or number, 5 s at most, in a process that is kept for
+    the next call.
     answer: the gold answer. Raises SpecError for an unknown kind, DataError for a gold that the grader cannot read.
     """
     return _shared_pool().grade_many(kind, [completion], [answer])[0]
@@ -175,6 +182,22 @@ class Sampled:
     seed: int
 
 
+class RolloutBudget:
+    """Seconds of grading that each rollout may take, over all the calls for its groups."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._rollout, self._left = seconds, -1, seconds
+
+    @contextmanager
+    def of(self, rollout: int) -> Iterator[float]:
+        """What is left to the rollout, in seconds; the block's wall time is taken from it."""
+        if rollout != self._rollout:
+            self._rollout, self._left = rollout, self._seconds
+        started = monotonic()
+        yield self._left
+        self._left = max(0.0, self._left - (monotonic() - started))
+
+
 @dataclass(frozen=True, slots=True)
 class Scorer:
     """Scores completions by one reward. Made by `open_scorer`."""
@@ -183,18 +206,16 @@ class Scorer:
     grader: str | None
     seed: int
     pool: GradingPool
+    budget: RolloutBudget
 
     def score(
-        self,
-        problems: Sequence[Problem],
-        keys: Sequence[DrawKey],
-        completions_PG: Sequence[Sequence[str]],
-        budget_seconds: float | None = None,
+        self, problems: Sequence[Problem], keys: Sequence[DrawKey], completions_PG: Sequence[Sequence[str]]
     ) -> tuple[NDArray[np.float64], list[list[Outcome | None]]]:
         """Rewards [P,G] in float64 and the outcomes of the same shape, None where nothing grades them.
 
-        problems, keys: P; completions_PG: the texts of each group. Raises DataError for a reward function that fails or
-        returns no number, DivergedError for one that returns a number that is not finite.
+        problems, keys: P of one rollout; completions_PG: the texts of each group. What the budget of the rollout does not
+        reach is `timeout`. Raises DataError for a reward function that fails or returns no number, DivergedError for one
+        that returns a number that is not finite.
         """
         size = len(completions_PG[0])
         assert len(problems) == len(keys) == len(completions_PG)
@@ -204,7 +225,8 @@ class Scorer:
         outcomes_R: list[Outcome | None] = [None] * len(texts)
         if self.grader is not None:
             answers = [problem.answer for problem in problems_R]
-            outcomes_R = [*self.pool.grade_many(self.grader, texts, answers, budget_seconds)]
+            with self.budget.of(keys[0].rollout) as seconds:
+                outcomes_R = [*self.pool.grade_many(self.grader, texts, answers, seconds)]
         draws_R = [(key.rollout, key.position, sample) for key in keys for sample in range(size)]
         rewards_R = REWARDS[self.reward.kind](self.reward, Sampled(problems_R, draws_R, texts, outcomes_R, self.seed))
         assert np.isfinite(rewards_R).all()
@@ -225,7 +247,7 @@ def open_scorer(reward: Reward, grader: str | None, seed: int) -> Iterator[Score
         find_function(reward.function)
     settings = reward if isinstance(reward, MathReward) else MathReward(kind="math")
     with GradingPool(settings.workers, settings.timeout, start=grader == "math") as pool:
-        yield Scorer(reward, grader, seed, pool)
+        yield Scorer(reward, grader, seed, pool, RolloutBudget(settings.budget))
 
 
 def grader_of(reward: Reward, grader: str | None) -> str | None:

@@ -118,6 +118,14 @@ class MathReward(Graded):
     """Whole seconds for one grading before its worker is killed."""
     workers: Count = 2
     """Grading processes."""
+    budget: Count = 300
+    """Whole seconds for all gradings of a rollout; what is not graded by then is `timeout`, and so not correct."""
+
+    @model_validator(mode="after")
+    def _budget(self) -> Self:
+        if self.budget < self.timeout:
+            raise ValueError(f"budget = {self.budget} must not be under timeout = {self.timeout}, that of one grading")
+        return self
 
 
 class BernoulliReward(Group):

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clipctl.answers import is_plain_number, last_number
 from clipctl.errors import DataError, SpecError
-from clipctl.grading_worker import Workers, is_plain_number, last_number
+from clipctl.grading_worker import NOT_PARSED, Workers, parse_golds
 from clipctl.rollout import Problem
 from clipctl.spec import Data
 
@@ -311,7 +312,7 @@ def find_field(row: Row, field: str) -> object:
 
 def check_answers(problems: list[Problem], places: list[str], grader: str | None) -> None:
     """Raises DataError for the first answer that the grader cannot read. Plain numbers cost nothing; formulas are read
-    by Math-Verify in processes that are killed after GOLD_SECONDS each."""
+    by Math-Verify, once, in processes that are killed after GOLD_SECONDS each."""
     if grader == "gsm8k":
         for problem, place in zip(problems, places, strict=True):
             if last_number(problem.answer) is None:
@@ -321,9 +322,10 @@ def check_answers(problems: list[Problem], places: list[str], grader: str | None
         if not formulas:
             return
         with Workers(min(2, os.cpu_count() or 1), GOLD_SECONDS) as workers:
-            outcomes = workers.run([["parse", problems[at].answer] for at in formulas])
-        for at, outcome in zip(formulas, outcomes, strict=True):
-            if outcome != "parsed":
+            parsed = parse_golds(workers, [problems[at].answer for at in formulas])
+        for at in formulas:
+            outcome = parsed[problems[at].answer]
+            if outcome in NOT_PARSED:
                 why = {"timeout": f"takes over {GOLD_SECONDS} s to parse", "crash": "ends its parser"}
                 reason = why.get(outcome, "is no formula that Math-Verify can parse")
                 raise DataError(f"{places[at]}: answer {_shown(problems[at].answer)} {reason}; mend or drop the row")

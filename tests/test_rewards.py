@@ -20,21 +20,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from clipctl import grade
-from clipctl.errors import DataError, DivergedError, SpecError
-from clipctl.grading_worker import (
+from clipctl import grade, grading_worker
+from clipctl.answers import (
     NUMBER,
     OUTCOMES,
     Extracted,
-    Workers,
     _canonical,
-    _plain,
     compare_cheaply,
     extract_math,
     grade_gsm8k,
     last_box,
     last_number,
+    plain_text,
 )
+from clipctl.errors import DataError, DivergedError, EngineError, SpecError
+from clipctl.grading_worker import Workers, parse_golds
 from clipctl.rewards import GRADERS, REWARDS, GradingPool, open_scorer
 from clipctl.rollout import DrawKey, Problem
 from clipctl.spec import Reward
@@ -125,6 +125,15 @@ GSM8K_FORMS: list[tuple[str, str | None]] = [
     ("\uff0d\uff13\uff0e\uff15", "-3.5"),
     ("\uff04\uff11\uff0c\uff12\uff13\uff14", "1234"),
     ("\u7b54\u6848\u662f18\u3002", "18"),
+    ("\u0661\u0668", "18"),
+    ("\u0661\u066c\u0662\u0663\u0664\u066b\u0665", "1234.5"),
+    ("\U0001d7cf\U0001d7d6", "18"),
+    ("1\u200b8", "18"),
+    ("2\u00bd", "2.5"),
+    ("\u00be cup", "0.75"),
+    ("3\u20444", "0.75"),
+    ("x = \u20133", "-3"),
+    ("x = \u20113", "-3"),
     ("18kg", "18"),
     ("15th", "15"),
     ("H2O", None),
@@ -168,7 +177,7 @@ def test_a_number_is_the_same_however_it_is_written(number: Any) -> None:
 
 @given(st.text(alphabet="0123456789.,-/$%^_{}eE x×*\n\\frac+", max_size=60))
 def test_reading_from_the_end_finds_what_reading_it_all_finds(text: str) -> None:
-    every = [_canonical(number) for number in NUMBER.finditer(_plain(text))]
+    every = [_canonical(number) for number in NUMBER.finditer(plain_text(text))]
     assert last_number(text) == (every[-1] if every else None)
 
 
@@ -233,6 +242,14 @@ def test_the_last_box(text: str, box: str | None) -> None:
         ("Answer:\n$$\n\\frac{1}{2}\n$$", Extracted("line", "$\\frac{1}{2}$")),
         ("Answer:\n\\[ x + 1 \\]", Extracted("line", "$x + 1$")),
         ("Answer:  ", Extracted("tail", "Answer:")),
+        ("Answer\uff1a5", Extracted("line", "5")),
+        ("\u7b54\u6848\uff1a5", Extracted("line", "5")),
+        ("Answer: 3\n#### x+1 ", Extracted("line", "x+1")),
+        ("so\n####\n5", Extracted("line", "5")),
+        ("#### Answer: 5", Extracted("line", "5")),
+        ("#### Step 2\nso it is 5", Extracted("tail", "#### Step 2\nso it is 5")),
+        ("#### 4 ####", Extracted("tail", "#### 4 ####")),
+        ("\\boxed{4}\n#### 5", Extracted("boxed", "4")),
         ("so it is 4 ", Extracted("tail", "so it is 4")),
         ("\\boxed{ }", None),
         (" \n ", None),
@@ -260,6 +277,24 @@ def test_where_the_answer_is(text: str, extracted: Extracted | None) -> None:
         ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\frac{\\pi}{2})", "correct"),
         ("\\frac{1}{2}", "0.5", None),
         ("10", "10\\%", None),
+        ("34", "3 4", None),
+        ("12345", "12 345", "correct"),
+        ("1234567", "1\\,234\\,567", "correct"),
+        ("18", "18 dollars", "correct"),
+        ("18", "\\text{18 square feet}", "correct"),
+        ("18", "19 dollars", "wrong"),
+        ("60", "60 km / h", "correct"),
+        ("18", "18 million dollars", None),
+        ("18", "18 or more", None),
+        ("18", "18 dollars and 3 cents", None),
+        ("10 meters", "10 meters", "correct"),
+        ("4", "\u00a34", "correct"),
+        ("-4", "-\\$4", "correct"),
+        ("4", "4\u20ac", "correct"),
+        ("1011_2", "1011_{2}", "correct"),
+        ("1011_2", "1011_3", "wrong"),
+        ("2A_{16}", "2B_{16}", "wrong"),
+        ("1011_2", "1011", None),
         ("", "", None),
     ],
 )
@@ -294,6 +329,41 @@ MATH_FORMS = [
     ("\\boxed{[1,2)}", "[1, 2)", "correct"),
     ("\\boxed{2\\sqrt{2}}", "\\sqrt 8", "correct"),
     ("\\boxed{3+2i}", "2i + 3", "correct"),
+    ("\\boxed{37 \\cup 41}", "41", "wrong"),
+    ("\\boxed{37 @ 41}", "41", "wrong"),
+    ("\\boxed{37 \\text{ or } 41}", "41", "wrong"),
+    ("\\boxed{37, 41}", "41", "wrong"),
+    ("\\boxed{\\{1, 2, 3, 4, 5, 6, 7, 8, 9\\}}", "4", "wrong"),
+    ("\\boxed{\\pm 4}", "4", "wrong"),
+    ("\\boxed{4!!", "5", "wrong"),
+    ("\\boxed{1 1/2}", "\\frac32", "correct"),
+    ("\\boxed{1 1/2}", "\\frac{11}{2}", "wrong"),
+    ("\\boxed{-1 1/2}", "-1.5", "correct"),
+    ("\\boxed{1\\frac{1}{2}}", "\\frac32", "correct"),
+    ("Answer: 1 1/2 hours", "\\frac32", "correct"),
+    ("It took 1 1/2 hours", "1.5", "correct"),
+    ("\\boxed{\u00bd}", "\\frac12", "correct"),
+    ("\\boxed{x\u00b2}", "x^2", "correct"),
+    ("\\boxed{x**2 + 1}", "x^2+1", "correct"),
+    ("\\boxed{2\u221a(3)}", "2\\sqrt3", "correct"),
+    ("\\boxed{1e3}", "1000", "correct"),
+    ("\\boxed{90\u00b0}", "90", "correct"),
+    ("\\boxed{18 dollars}", "18", "correct"),
+    ("\\boxed{1011_3}", "1011_2", "wrong"),
+    ("\\boxed{1011}", "1011_2", "correct"),
+    ("\\boxed{(-\\infty, 3]}", "(-\\infty,3)", "wrong"),
+    ("\\boxed{x \\in [1,2)}", "[1,2)", "correct"),
+    ("\\boxed{q - p}", "p-q", "wrong"),
+    ("\\boxed{12,345}", "12345", "correct"),
+    ("\\boxed{12.345}", "12345", "wrong"),
+    ("```\n\\boxed{5}\n```", "5", "correct"),
+    ("`\\boxed{5}` is what I print, then 6.", "5", "correct"),
+    ("\\boxed{4", "4", "correct"),
+    ("\\boxed{4} \\boxed{}", "4", "no_answer"),
+    ("\\boxed{4} trailing words and 17 more", "4", "correct"),
+    ("#### x+1", "1+x", "correct"),
+    ("#### \\text{Evelyn}", "\\text{Evelyn}", "correct"),
+    ("\u7b54\u6848\u662f18", "18", "correct"),
     ("\\boxed{}", "4", "no_answer"),
     ("Answer: \\frac{2}{4}", "\\frac12", "correct"),
     ("Answer: 1/2", "\\frac12", "correct"),
@@ -405,6 +475,38 @@ def test_a_budget_ends_the_whole_call(pool: GradingPool) -> None:
     assert pool.grade_many("math", ["\\boxed{\\frac{7}{14}}"], ["0.5"]) == ["correct"]
 
 
+def test_golds_are_parsed_once_in_the_life_of_a_process() -> None:
+    golds = ["x^{17}+2", "\\frac{19}{23}", "x^{17}+2"]
+    with Workers(1, 5) as workers:
+        parsed = parse_golds(workers, golds)
+        assert set(parsed) == set(golds)
+        assert parse_golds(workers, ["???"]) == {"???": "bad_gold"}
+    with Workers(1, 5, start=False) as idle:
+        assert parse_golds(idle, golds) == parsed
+        assert idle._server is None
+
+
+def test_the_budget_is_that_of_a_rollout_over_all_its_groups() -> None:
+    """Two calls of one rollout share it, the next rollout has its own."""
+    reward = reward_of("math", timeout=1, workers=1, budget=1)
+    problems = [Problem("t", "q", "4")]
+
+    def outcome(rollout: int, text: str) -> str | None:
+        return scorer.score(problems, [DrawKey(0, rollout, 0)], [[text]])[1][0][0]
+
+    with open_scorer(reward, None, 0) as scorer:
+        assert outcome(0, "\\boxed{\\frac{40}{10}}") == "correct"
+        assert outcome(0, "\\boxed{9^{9^{9^9}}}") == "timeout"
+        assert outcome(0, "\\boxed{\\frac{44}{11}}") == "timeout"
+        assert outcome(0, "\\boxed{4}") == "correct"
+        assert outcome(1, "\\boxed{\\frac{44}{11}}") == "correct"
+    with pytest.raises(ValueError, match="budget = 3 must not be under timeout = 4"):
+        reward_of("math", timeout=4, budget=3)
+    for timeout in (0.5, 2.0, True, 0):
+        with pytest.raises(ValueError, match=r"math\.timeout"):
+            reward_of("math", timeout=timeout)
+
+
 def processes_below(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
@@ -499,6 +601,119 @@ def test_after_a_fork_the_child_grades_with_processes_of_its_own(pool: GradingPo
     assert pool.grade_many("math", ["\\boxed{\\frac{6}{12}}"], ["0.5"]) == ["correct"]
 
 
+def test_grading_in_a_thread_while_the_main_thread_works(pool: GradingPool) -> None:
+    """From several threads at once too: each gets its own answers."""
+    outcomes: dict[int, list[str]] = {}
+
+    def grade_some(number: int) -> None:
+        completions = [f"\\boxed{{\\frac{{{number}}}{{{k}}}}}" for k in range(1, 12)]
+        outcomes[number] = [*pool.grade_many("math", completions, [f"\\frac{{{2 * number}}}{{{2 * number}}}"] * 11)]
+
+    threads = [threading.Thread(target=grade_some, args=(number,)) for number in range(1, 7)]
+    for thread in threads:
+        thread.start()
+    worked = 0
+    while any(thread.is_alive() for thread in threads):
+        worked += sum(range(1000))
+    assert worked
+    assert outcomes == {n: ["correct" if k == n else "wrong" for k in range(1, 12)] for n in range(1, 7)}
+
+
+def test_close_ends_what_other_threads_wait_for() -> None:
+    """One grading is under way and one waits for its turn; neither may start the processes again."""
+    before = set(processes_below(os.getpid()))
+    errors: list[BaseException] = []
+    pool = GradingPool(workers=2, timeout=600)
+
+    def hang() -> None:
+        try:
+            pool.grade_many("math", ["\\boxed{9^{9^{9^9}}}"], ["4"])
+        except EngineError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=hang) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    pool.close()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert [str(error) for error in errors] == ["the grading processes were ended while they were in use"] * 2
+    assert set(processes_below(os.getpid())) <= before
+    with pytest.raises(EngineError, match="were ended"):
+        pool.grade_many("math", ["\\boxed{x^5}"], ["x^6"])
+
+
+INTERRUPTED = """
+import sys, threading, time
+from clipctl.errors import EngineError
+from clipctl.rewards import GradingPool
+
+def hang():
+    try:
+        pool.grade_many("math", ["\\\\boxed{9^{9^{9^9}}}", "\\\\boxed{8^{9^{9^9}}}"], ["4", "4"])
+    except EngineError:
+        print("ended", flush=True)
+
+try:
+    with GradingPool(workers=2, timeout=600) as pool:
+        thread = threading.Thread(target=hang)
+        thread.start()
+        print("ready", flush=True)
+        time.sleep(600)
+except KeyboardInterrupt:
+    thread.join(10)
+    sys.exit(130)
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_with_gradings_under_way_ends_cleanly() -> None:
+    """The main thread samples, another waits for formulas that hang; SIGINT goes to the whole foreground group."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    started = processes_below(parent.pid)
+    assert len(started) == 3
+    os.killpg(parent.pid, signal.SIGINT)
+    assert parent.communicate(timeout=10) == ("ended\n", "")
+    assert parent.returncode == 130
+    assert not [process for process in started if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_fork_in_the_middle_of_a_grading_can_grade() -> None:
+    """The thread that holds the lock does not exist in the child."""
+    with GradingPool(workers=1, timeout=2) as pool:
+        thread = threading.Thread(target=pool.grade_many, args=("math", ["\\boxed{9^{9^{9^9}}}"], ["4"]))
+        thread.start()
+        time.sleep(0.3)
+        pid = os.fork()
+        if pid == 0:
+            outcome = pool.grade_many("math", ["\\boxed{\\frac{5}{10}}"], ["0.5"])
+            pool.close()
+            os._exit(0 if outcome == ["correct"] else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+        thread.join()
+        assert pool.grade_many("math", ["\\boxed{\\frac{6}{12}}"], ["0.5"]) == ["correct"]
+
+
+def test_a_stopped_server_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grading_worker, "LOST_SECONDS", 1)
+    with GradingPool(workers=1, timeout=1) as pool:
+        server = pool._workers._server
+        assert server is not None
+        server.send_signal(signal.SIGSTOP)
+        assert pool.grade_many("math", ["\\boxed{\\frac{7}{14}}"], ["0.5"]) == ["correct"]
+        assert server.returncode is not None
+
+
 def test_workers_see_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_SECRET_TOKEN", "hush")
     before = set(processes_below(os.getpid()))
@@ -535,7 +750,9 @@ def test_math_verify_itself_finds_the_golds_equal(pool: GradingPool) -> None:
     answers = golds("math500")
     with Workers(2, 5) as workers:
         for form, wrapping in (("boxed", "%s"), ("line", "%s"), ("tail", "so $%s$.")):
-            outcomes = workers.run([("grade", gold, form, wrapping.replace("%s", gold)) for gold in answers])
+            parsed = parse_golds(workers, answers)
+            requests = [("grade", parsed[gold], form, wrapping.replace("%s", gold)) for gold in answers]
+            outcomes = workers.run(requests)
             assert outcomes == ["correct"] * 500
 
 
