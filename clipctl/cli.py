@@ -107,10 +107,20 @@ def analyze(
             help="One SELECT over the views runs, rollouts, updates, histograms, probes, samples, events, ..."
         ),
     ] = None,
-    view: Annotated[str, typer.Option(help="overview, ledger or what-if.")] = "overview",
+    view: Annotated[
+        str,
+        typer.Option(help="overview, entropy, clip, ledger, passk, what-if, compare, frontier, samples or events."),
+    ] = "overview",
+    by: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Group runs by a spec key; may be repeated. Without it: by all but the seed."),
+    ] = None,
     grid: Annotated[
         list[str] | None, typer.Option(metavar="KEY=V1,V2", help="For what-if: clip.low=... and clip.high=...")
     ] = None,
+    rollouts: Annotated[bool, typer.Option("--rollouts", help="For ledger: every rollout, not the summary.")] = False,
+    rollout: Annotated[int | None, typer.Option(help="For samples: of this rollout; without it the last.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="For samples: of this prompt_id.")] = None,
     output: Annotated[str, typer.Option("--format", help="table, json or csv.")] = "table",
     export: Annotated[
         tuple[str, Path] | None,
@@ -118,23 +128,36 @@ def analyze(
             metavar="FORMAT DIR", help="Write each run to a folder in DIR for another tracker: tensorboard or wandb."
         ),
     ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the view too: FILE.png, FILE.svg or FILE.html.")] = None,
 ) -> None:
     """Read runs, finished, live or broken, and print a view or the answer to a query.
 
-    overview: a row for each run. ledger: who pulls at entropy (reward, clip-low, clip-high), whether the paper's
-    inequalities hold, and predictions against what happened. what-if: clip mass and pull under other ε, to first order.
-
-    Examples: clipctl analyze runs/ --view what-if --grid clip.low=0.1,0.15,0.3 --grid clip.high=0.2,inf |
-    clipctl analyze runs/ --sql "select run_id, rollout, entropy from rollouts"
+    \b
+    overview   a row for each run            clipctl analyze runs/
+    entropy    both definitions, normalized  clipctl analyze runs/ --view entropy --plot entropy.png
+    clip       sided fractions, ratios       clipctl analyze runs/ --view clip --format csv
+    ledger     who pulls at entropy          clipctl analyze runs/ --view ledger --rollouts
+    passk      pass@k over k and training    clipctl analyze runs/ --view passk --by clip.low --plot passk.svg
+    what-if    other ε, to first order       clipctl analyze runs/ --view what-if --grid clip.low=0.1,0.2
+    compare    groups of runs, intervals     clipctl analyze runs/ --view compare --by clip.high
+    frontier   pass@k against entropy        clipctl analyze runs/ --view frontier --plot frontier.html
+    samples    one prompt with its group     clipctl analyze runs/a --view samples --rollout 3
+    events     alarms, control, ends         clipctl analyze runs/ --view events
+    a query                                  clipctl analyze runs/ --sql "select run_id, entropy from rollouts"
     """
     if export is not None:
         from clipctl.exporters import export_paths
 
         print("\n".join(map(str, export_paths(paths, *export))))
         return
+    from clipctl.analysis import Options
     from clipctl.analyze import analyze as answer
 
-    print(answer(paths, sql, output, sys.stdout.isatty(), view=view, grid=grid or []))
+    options = Options(tuple(grid or ()), tuple(by or ()), rollout, prompt, rollouts)
+    printed = answer(paths, sql, output, sys.stdout.isatty(), view=view, options=options, plot=plot)
+    for note in printed.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(printed.text)
 
 
 @app.command()

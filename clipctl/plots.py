@@ -1,8 +1,10 @@
 """The one style of all charts, and writing them: PNG, SVG or a self-contained HTML page, without a browser or a network.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart; lines differ in their dashes too, for print.
+Colours are Okabe and Ito's, which colour-blind readers tell apart; lines differ in their dashes and markers too, for print.
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,12 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg", ".html")
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2], [4, 1], [1, 3], [10, 4])
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
+GREY = "#b8b8b8"
+MOST_NAMED = 12
+"""Series that a legend names; of more, those that end highest and lowest."""
+MOST_LETTERS = 44
+"""Of a name in a legend."""
 
 
 def check_plot_path(path: Path) -> None:
@@ -23,14 +31,85 @@ def check_plot_path(path: Path) -> None:
 
 
 def series_scales(names: list[str]) -> dict[str, Any]:
-    """`color` and `strokeDash` scales that give every series a colour and a dash of its own, in the order given."""
+    """`color`, `strokeDash` and `shape` scales that give every series a look of its own, in the order given: after a round
+    of colours the dashes and shapes are shifted by one."""
     import altair as alt
 
-    count = len(names)
+    places = [(at % len(COLORS), (at + at // len(COLORS)) % len(COLORS)) for at in range(len(names))]
     return {
-        "color": alt.Scale(domain=names, range=[COLORS[at % len(COLORS)] for at in range(count)]),
-        "strokeDash": alt.Scale(domain=names, range=[DASHES[at % len(DASHES)] for at in range(count)]),
+        "color": alt.Scale(domain=names, range=[COLORS[color] for color, _ in places]),
+        "strokeDash": alt.Scale(domain=names, range=[DASHES[look] for _, look in places]),
+        "shape": alt.Scale(domain=names, range=[SHAPES[look] for _, look in places]),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Legend:
+    """How the series of a chart are named. labels: series → what the legend calls it; several series may be one label."""
+
+    labels: Mapping[str, str]
+    rest: str | None
+
+    @property
+    def domain(self) -> list[str]:
+        return [*dict.fromkeys(self.labels.values())]
+
+    def encodings(self, *, lines: bool) -> dict[str, Any]:
+        """Colour, dash and shape of the field `label`; no legend for one series, which the title names."""
+        import altair as alt
+
+        names = self.domain
+        scales = series_scales(names)
+        if self.rest is not None:
+            for scale, value in (("color", GREY), ("strokeDash", [1, 0])):
+                scales[scale].range = [*scales[scale].range[:-1], value]
+        legend = None
+        if len(names) > 1:
+            wide = max(map(len, names)) > 24
+            legend = alt.Legend(
+                title=None,
+                orient="bottom",
+                columns=2 if wide else 4,
+                labelLimit=0,
+                symbolType="stroke" if lines else "circle",
+            )
+        common: dict[str, Any] = {"legend": legend, "sort": None}
+        return {
+            "color": alt.Color("label:N", scale=scales["color"], **common),
+            "strokeDash": alt.StrokeDash("label:N", scale=scales["strokeDash"], **common),
+            "shape": alt.Shape("label:N", scale=scales["shape"], **common),
+        }
+
+
+def legend_of(last: Mapping[str, float | None]) -> Legend:
+    """The legend of series, given the last value of each: all by name up to MOST_NAMED; of more, those that end highest
+    and lowest, the others together."""
+    names = list(last)
+    if len(names) <= MOST_NAMED:
+        return Legend({name: shortened(name) for name in names}, None)
+    ordered = sorted(names, key=lambda name: (value if (value := last[name]) is not None else 0.0, name))
+    half = (MOST_NAMED - 1) // 2
+    named = {*ordered[:half], *ordered[-half:]}
+    rest = f"{len(names) - len(named)} others, between them"
+    kept = {name: shortened(name) for name in names if name in named}
+    return Legend(kept | {name: rest for name in names if name not in named}, rest)
+
+
+def shortened(name: str) -> str:
+    """A long name without its middle: beginnings and ends tell runs apart."""
+    half = (MOST_LETTERS - 1) // 2
+    return name if len(name) <= MOST_LETTERS else f"{name[:half]}…{name[-half:]}"
+
+
+def arranged(panels: Sequence[Any], title: str, subtitle: Sequence[str] = (), columns: int = 2) -> Any:
+    """Panels in rows, under one title, with one legend."""
+    import altair as alt
+
+    whole = alt.Title(title, subtitle=list(subtitle), fontSize=15, offset=14)
+    chart = panels[0] if len(panels) == 1 else alt.concat(*panels, columns=columns, spacing={"row": 26, "column": 34})
+    if len(panels) == 1:
+        return alt.concat(chart).properties(title=whole)
+    return chart.properties(title=whole)
 
 
 def styled(chart: "alt.TopLevelMixin") -> Any:
@@ -38,6 +117,7 @@ def styled(chart: "alt.TopLevelMixin") -> Any:
     axis = {
         "labelFontSize": 11,
         "titleFontSize": 12,
+        "titleFontWeight": "normal",
         "gridColor": "#e6e6e6",
         "domainColor": "#888888",
         "tickColor": "#888888",

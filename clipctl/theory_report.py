@@ -12,8 +12,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from clipctl.analyze import as_csv, as_table
 from clipctl.errors import SpecError
+from clipctl.formats import as_csv, as_table
 from clipctl.plots import check_plot_path, save_chart, series_scales
 from clipctl.theory import (
     Algorithm,

@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 from test_store import SPEC, rollout_row, samples, tables, update_rows, write
 
-from clipctl.analyze import LAST, analyze, safe_text
+from clipctl.analyze import LAST
+from clipctl.analyze import analyze as answer
 from clipctl.errors import SpecError
+from clipctl.formats import safe_text
 from clipctl.journal import create_run
 
 HOSTILE = "[/INST] [bold]x[/bold] \x1b[31mred\x1b]52;c;aGk=\x07 \x9b2J \u202egnirts \x00 :smile: \\[a] \r end"
+
+
+def analyze(paths: list[Path], sql: str | None, output: str, terminal: bool) -> str:
+    return answer(paths, sql, output, terminal).text
 
 
 @pytest.fixture

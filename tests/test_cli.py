@@ -87,7 +87,7 @@ def test_views_of_a_run(tmp_path: Path) -> None:
     assert rows[0]["pg_clip_low"] == pytest.approx(recorded["low"], rel=1e-6)
     assert rows[0]["clip_high_percent"] == pytest.approx(recorded["high"])
     for arguments, words in (
-        (["--view", "frontier"], "--view: 'frontier' is not one of overview, ledger, what-if"),
+        (["--view", "front"], "--view: 'front' is not one of overview, entropy, clip, ledger, passk, what-if, compare"),
         (
             ["--view", "what-if", "--grid", "clip.mid=1"],
             "'clip.mid=1' must be clip.low=V1,V2,... or clip.high=V1,V2,...",
@@ -95,7 +95,7 @@ def test_views_of_a_run(tmp_path: Path) -> None:
         (["--view", "what-if", "--grid", "clip.low=1.5"], "clip.low = 1.5 is not from 0 to 1"),
         (["--view", "what-if", "--grid", "clip.high=a"], "'a' in 'clip.high=a' is not a number"),
         (["--grid", "clip.high=1"], "belongs to --view what-if"),
-        (["--view", "ledger", "--sql", "select 1"], "leave --view and --grid out"),
+        (["--view", "ledger", "--sql", "select 1"], "leave --view, its options and --plot out"),
     ):
         refused = clipctl("analyze", runs, *arguments)
         assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)

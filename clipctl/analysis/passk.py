@@ -1,0 +1,175 @@
+"""pass@k and mean@k, over k and over training, and against entropy.
+
+Of evaluations where a run has some; else of the rollouts' own groups, which are training prompts at the training
+temperature, and named so. Intervals of one run are BCa over problems; those of a mean over seeds are Student's t.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from clipctl.analysis.answer import Answer, Options, as_arrow, without
+from clipctl.analysis.arms import Arm, arms_of, mean_and_interval
+from clipctl.intervals import mean_interval, pass_at_k_values
+from clipctl.store import Runs
+
+OWN_GROUPS = "own groups"
+"""`benchmark` of a run without an evaluation."""
+RESAMPLES = 2000
+"""Bootstrap resamples of each interval: there are many, and their ends need no third digit."""
+NEEDED = "evaluation and no graded group (clipctl eval --run makes one)"
+
+EVALUATED = """
+with settings as (
+    select *, count(distinct (temperature, top_p)) over (partition by benchmark) > 1 as several,
+        row_number() over (partition by coalesce(run_id, model), benchmark, rollout, temperature, top_p
+            order by started_at desc, eval_id desc) as newest
+    from evaluations
+)
+select coalesce(e.run_id, s.model) as series,
+    e.benchmark || case when several then printf(' T=%g p=%g', temperature, top_p) else '' end as benchmark,
+    e.rollout, e.problem_id, count(*) as n, sum(e.correct::int) as c
+from evals as e join settings as s on e.eval_id = s.eval_id and e.benchmark = s.benchmark
+    and e.rollout is not distinct from s.rollout
+where newest = 1 and e.correct is not null group by all
+"""
+"""Samples and correct ones of each problem; of two evaluations of one thing with the same settings, the newer one."""
+GROUPED = f"""
+select run_id as series, '{OWN_GROUPS}' as benchmark, rollout, position::varchar as problem_id, count(*) as n,
+    sum((outcome = 'correct')::int) as c
+from samples where outcome is not null and run_id not in (select run_id from evals where run_id is not null) group by all
+"""
+COUNTS = f"select * from ({EVALUATED} union all {GROUPED}) order by series, benchmark, rollout, problem_id"
+
+Key = tuple[str, str, int | None]
+"""Run (or the model that was evaluated by itself), benchmark, rollout (None of such a model)."""
+Counts = tuple[np.ndarray, np.ndarray]
+"""Samples and correct samples of each problem, int64 [P]."""
+
+
+def counts_of(runs: Runs) -> dict[Key, Counts]:
+    """Samples and correct ones by run, benchmark and rollout, in that order."""
+    table = runs.table(COUNTS)
+    keys = list(zip(*(table[name].to_pylist() for name in ("series", "benchmark", "rollout")), strict=True))
+    n_N, c_N = (table[name].to_numpy().astype(np.int64) for name in ("n", "c"))
+    starts = [at for at in range(len(keys)) if at == 0 or keys[at] != keys[at - 1]]
+    return {
+        keys[start]: (n_N[start:stop], c_N[start:stop])
+        for start, stop in zip(starts, [*starts[1:], len(keys)], strict=True)
+    }
+
+
+def passk_rows(runs: Runs, by: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of `passk_view`."""
+    counts = counts_of(runs)
+    rollouts: dict[tuple[str, str], set[int]] = {}
+    for series, benchmark, rollout in counts:
+        rollouts.setdefault((series, benchmark), set()).update(set() if rollout is None else {rollout})
+    single = {
+        (series, benchmark, rollout, k): _row(series, benchmark, rollout, k, n_P, c_P)
+        for (series, benchmark, rollout), (n_P, c_P) in counts.items()
+        for k in _ks(int(n_P.min()), benchmark, rollout, rollouts[series, benchmark])
+    }
+    means = (row for arm in arms_of(runs, by) if len(arm.runs) > 1 for row in _means(arm, single))
+    return [*single.values(), *means]
+
+
+def _ks(largest: int, benchmark: str, rollout: int | None, rollouts: set[int]) -> list[int]:
+    """1, 2, 4, ... and the largest. Own groups are many: their whole curve is made at both ends of a run alone."""
+    whole = benchmark != OWN_GROUPS or rollout in (min(rollouts), max(rollouts))
+    return sorted({*(1 << bit for bit in range(largest.bit_length())), largest} if whole else {1, largest})
+
+
+def _row(series: str, benchmark: str, rollout: int | None, k: int, n_P: np.ndarray, c_P: np.ndarray) -> dict[str, Any]:
+    found = mean_interval(pass_at_k_values(n_P, c_P, k), np.random.default_rng(0), resamples=RESAMPLES)
+    return {
+        "series": series, "runs": 1, "benchmark": benchmark, "rollout": rollout, "k": k,
+        "problems": found.problems, "samples": int(n_P.min()), "pass_at_k": found.value,
+        "pass_at_k_low": found.low, "pass_at_k_high": found.high, "interval": "BCa over problems",
+        "unreliable": found.note,
+    }  # fmt: skip
+
+
+def _means(arm: Arm, single: Mapping[tuple[str, str, int | None, int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Means over the runs of an arm, where at least two of them have the same measurement."""
+    keys = dict.fromkeys(key[1:] for run in arm.runs for key in single if key[0] == run)
+    for benchmark, rollout, k in keys:
+        rows = [single[run, benchmark, rollout, k] for run in arm.runs if (run, benchmark, rollout, k) in single]
+        if len(rows) > 1:
+            mean, low, high = mean_and_interval([row["pass_at_k"] for row in rows])
+            yield rows[0] | {
+                "series": arm.name, "runs": len(rows), "pass_at_k": mean, "pass_at_k_low": low, "pass_at_k_high": high,
+                "interval": "t over runs", "unreliable": None,
+            }  # fmt: skip
+
+
+def passk_view(runs: Runs, options: Options) -> Answer:
+    """pass@k of every evaluation for k = 1 (mean@k), 2, 4, ... up to the samples of a problem, with 95 % intervals; after
+    the runs the means over seeds. `unreliable` says why an interval is not to be relied on."""
+    rows = passk_rows(runs, options.by)
+    return Answer(as_arrow(rows), (*without(runs, [row["series"] for row in rows], "passk", NEEDED), *own_groups(rows)))
+
+
+def own_groups(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """A note that names the runs which have no evaluation."""
+    own = dict.fromkeys(str(row["series"]) for row in rows if row["benchmark"] == OWN_GROUPS and row["runs"] == 1)
+    few = ", ".join(list(own)[:5]) + (f" and {len(own) - 5} more" if len(own) > 5 else "")
+    return (f"{few}: no evaluation; pass@k is of the rollouts' own groups, on training prompts",) if own else ()
+
+
+FRONTIER = """
+select run_id, rollout, entropy, entropy_normalized from rollouts where entropy is not null order by run_id, rollout
+"""
+
+
+def frontier_view(runs: Runs, options: Options) -> Answer:
+    """mean@k and pass@k (k: the samples of a problem) against entropy, one row a run, benchmark and rollout.
+
+    Entropy is that of the same policy; for the policy after the last rollout, which has no rollout to be measured in, that
+    of the last rollout: `entropy_rollout` says which.
+    """
+    rows = frontier_rows(runs, options.by)
+    notes = without(runs, [row["series"] for row in rows], "frontier", NEEDED)
+    return Answer(as_arrow(rows), (*notes, *own_groups(rows)))
+
+
+def frontier_rows(runs: Runs, by: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of `frontier_view`, runs first, then means over the runs of an arm."""
+    measured: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in runs.table(FRONTIER).to_pylist():
+        measured.setdefault(row["run_id"], {})[row["rollout"]] = row
+    rows: list[dict[str, Any]] = []
+    for (run, benchmark, rollout), (n_P, c_P) in counts_of(runs).items():
+        near = [at for at in measured.get(run, {}) if rollout is not None and at <= rollout]
+        if near:
+            entropy, k = measured[run][max(near)], int(n_P.min())
+            rows.append(
+                {
+                    "series": run,
+                    "runs": 1,
+                    "benchmark": benchmark,
+                    "rollout": rollout,
+                    "entropy_rollout": max(near),
+                    "entropy": entropy["entropy"],
+                    "entropy_normalized": entropy["entropy_normalized"],
+                    "k": k,
+                    "mean_at_k": float(pass_at_k_values(n_P, c_P, 1).mean()),
+                    "pass_at_k": float(pass_at_k_values(n_P, c_P, k).mean()),
+                }
+            )
+    return rows + [row for arm in arms_of(runs, by) if len(arm.runs) > 1 for row in _frontier_means(arm, rows)]
+
+
+def _frontier_means(arm: Arm, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    mine: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["series"] in arm.runs:
+            mine.setdefault((row["benchmark"], row["rollout"], row["k"]), []).append(row)
+    averaged = ("entropy", "entropy_normalized", "mean_at_k", "pass_at_k")
+    for group in mine.values():
+        if len(group) > 1:
+            means = {
+                name: mean_and_interval([row[name] for row in group if row[name] is not None])[0] for name in averaged
+            }
+            yield {**group[0], "series": arm.name, "runs": len(group), **means}
