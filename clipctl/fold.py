@@ -1,39 +1,82 @@
 """The fold: a run's journal moved into `metrics.duckdb`, which is built as a new file and renamed, so nothing ever waits."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from clipctl.folder import committed_segments, create_tables, held_segments, load_run, quoted
-from clipctl.schema import FOLDED, SCHEMA_VERSION
+from clipctl.folder import committed, list_segments, plain_path, quoted, read_segments, table_of
+from clipctl.schema import FOLDED, SCHEMA_VERSION, arrow_schema
 from clipctl.segments import sync
+
+if TYPE_CHECKING:
+    import duckdb
 
 
 def fold(folder: Path) -> None:
     """Builds metrics.duckdb from everything the run has, as a new file renamed over the old one, and then removes the
-    segments that it holds. A run with damage is left alone."""
+    segments that it holds. A run with damage is left alone, for readers to name and for people to mend. Raises OSError."""
     import duckdb
 
     beside = folder / ".metrics.duckdb"
     beside.unlink(missing_ok=True)
-    held = [file for file in committed_segments(folder) if file.name.split("-")[0] in FOLDED]
-    with duckdb.connect(":memory:") as source:
-        create_tables(source)
-        if load_run(source, folder, folder.name):
-            return  # A damaged journal stays as it is, for readers to name and for people to mend.
-        try:
-            source.execute(f"attach '{quoted(beside)}' as target")
+    try:
+        with plain_path(folder) as path, duckdb.connect(":memory:") as source:
+            held = _read_store(source, path / "metrics.duckdb")
+            if held is None:
+                return
+            listed = committed(list_segments(folder), held)
+            new = [name for name in listed if table_of(name) in FOLDED and name not in held]
+            if not _read_journal(source, folder, new):
+                return
+            source.execute(f"attach {quoted(path / beside.name)} as target")
             for table in FOLDED:
-                source.execute(f"create table target.{table} as select * from main.raw_{table}")
+                source.execute(f"create table target.{table} as select * from raw_{table}")
             source.execute("create table target.segments (name varchar)")
-            names = sorted({*(file.name for file in held), *held_segments(folder)})
-            if names:
-                source.execute("insert into target.segments select unnest(?)", [names])
+            if held or new:
+                source.execute("insert into target.segments select unnest(?)", [sorted({*held, *new})])
             source.execute("create table target.store_version as select ? as version", [SCHEMA_VERSION])
             source.execute("detach target")
-        except duckdb.Error as error:
-            beside.unlink(missing_ok=True)
-            raise OSError(str(error).splitlines()[0]) from None
+    except duckdb.Error as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(str(error).splitlines()[0]) from None
     sync(beside)
     beside.rename(folder / "metrics.duckdb")
     sync(folder)
-    for file in held:
-        file.unlink()
+    for name in listed:
+        if table_of(name) in FOLDED:
+            (folder / "journal" / name).unlink()
+
+
+def _read_store(source: "duckdb.DuckDBPyConnection", file: Path) -> set[str] | None:
+    """Makes the raw tables, with the rows of an earlier fold; returns the segments that it holds, None where it is damaged
+    or of a newer schema."""
+    import duckdb
+
+    for table in FOLDED:
+        source.register("part", arrow_schema(table).empty_table())
+        source.execute(f"create table raw_{table} as select * from part")
+        source.unregister("part")
+    if not file.is_file():
+        return set()
+    try:
+        source.execute(f"attach {quoted(file)} as earlier (read_only)")
+        if source.execute("select version from earlier.store_version").fetchall()[0][0] > SCHEMA_VERSION:
+            return None
+        query = "select table_name from duckdb_tables() where database_name = 'earlier'"
+        for table in {name for (name,) in source.execute(query).fetchall()} & {*FOLDED}:
+            source.execute(f"insert into raw_{table} by name select * from earlier.{table}")
+        held = {name for (name,) in source.execute("select name from earlier.segments").fetchall()}
+        source.execute("detach earlier")
+    except duckdb.Error:
+        return None
+    return held
+
+
+def _read_journal(source: "duckdb.DuckDBPyConnection", folder: Path, names: list[str]) -> bool:
+    """Adds the rows of the segments; False where one cannot be read."""
+    problems: list[str] = []
+    for table, parts in read_segments(folder, names, problems).items():
+        for part in parts:
+            source.register("part", part)
+            source.execute(f"insert into raw_{table} by name select * from part")
+            source.unregister("part")
+    return not problems

@@ -1,134 +1,188 @@
-"""What a folder of a run holds: its state, the rows of `metrics.duckdb` and the committed segments that it does not hold.
+"""What one folder of a run holds: its state, its spec, and the segments of its journal.
 
-Nothing here writes into a run. What is damaged or missing is named and the rest is read.
+Nothing here writes into a run. What is damaged, missing or may not be read is named, and the rest is read.
 """
 
 import json
+import os
+import re
 import socket
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipctl.schema import BY_ITSELF, EVALUATION, FOLDED, SCHEMA_VERSION, arrow_schema
-from clipctl.segments import digest
+from clipctl.schema import BY_ITSELF, EVALUATION, FOLDED, SCHEMA_VERSION
+from clipctl.segments import is_whole
 
 if TYPE_CHECKING:
-    import duckdb
     import pyarrow as pa
 
 HEARTBEAT_SECONDS = 120.0
 """A run that says `running` and has not been heard of for this long has crashed."""
+SEGMENT = re.compile(r"(?P<table>\w+)-(?P<attempt>\d+)-(?P<number>\d+)-(?P<digest>[0-9a-f]+)\.parquet")
 
 
-def committed_segments(folder: Path) -> list[Path]:
-    """Journal segments of committed rollouts, and those that commit themselves. What was written without its `rollouts` row
-    is not there."""
-    files = sorted((folder / "journal").glob("*-*-*-*.parquet"))
-    names = {*(file.name for file in files), *held_segments(folder)}
-    committed = {_place(name) for name in names if name.startswith("rollouts-")}
-    return [file for file in files if file.name.split("-")[0] in BY_ITSELF or _place(file.name) in committed]
+@dataclass(slots=True)
+class Folder:
+    """A folder as it was when it was looked at.
+
+    status, spec: as parsed, {} where they cannot be used. journal: the names of its segments, sorted. problems: what
+    cannot be read, in words.
+    """
+
+    path: Path
+    status: dict[str, Any]
+    spec: dict[str, Any]
+    spec_text: str
+    journal: list[str]
+    problems: list[str]
+
+    @property
+    def is_evaluation(self) -> bool:
+        """Whether it is one of `clipctl eval`; its spec.json or its status.json says so."""
+        return EVALUATION in (self.spec.get("kind"), self.status.get("kind"))
 
 
-def is_evaluation(folder: Path) -> bool:
-    """Whether the folder is one of `clipctl eval`; its spec.json or its status.json says so."""
-    return any(read_json(folder / name, []).get("kind") == EVALUATION for name in ("spec.json", "status.json"))
+def is_evaluation(path: Path) -> bool:
+    """The same of a folder that was not looked at yet."""
+    return look_at(path).is_evaluation
 
 
-def _place(segment: str) -> str:
+def look_at(path: Path) -> Folder:
+    """The folder, without its rows."""
+    problems: list[str] = []
+    try:
+        empty = not os.listdir(path)
+        journal = list_segments(path)
+    except OSError as error:
+        return Folder(path, {}, {}, "", [], [f"the folder cannot be read ({error.strerror})"])
+    if empty:
+        return Folder(path, {}, {}, "", [], ["the folder is empty: nothing of a run was written"])
+    status = usable_status(read_json(path / "status.json", problems), problems)
+    spec = read_json(path / "spec.json", problems)
+    if not all(isinstance(spec.get(group, {}), dict) for group in ("clip", "model", "run")) and "kind" not in spec:
+        problems.append("spec.json is damaged")
+        spec = {}
+    if int(status.get("schema_version", 0)) > SCHEMA_VERSION:
+        problems.append(f"status.json has schema {status['schema_version']}, this clipctl reads up to {SCHEMA_VERSION}")
+    return Folder(path, status, spec, json.dumps(spec) if spec else "", journal, problems)
+
+
+def list_segments(folder: Path) -> list[str]:
+    """Names of the journal's segments, sorted; none where there is no journal. Raises OSError where it cannot be listed."""
+    try:
+        return sorted(name for name in os.listdir(folder / "journal") if SEGMENT.fullmatch(name))
+    except FileNotFoundError:
+        return []
+
+
+def committed(names: Iterable[str], held: Iterable[str]) -> list[str]:
+    """Those segments whose rollout was committed, and those that commit themselves. What was written without its
+    `rollouts` row is not there. held: names of the segments that the folder's `metrics.duckdb` holds."""
+    names = list(names)
+    places = {place(name) for name in (*names, *held) if name.startswith("rollouts-")}
+    return [name for name in names if table_of(name) in BY_ITSELF or place(name) in places]
+
+
+def table_of(segment: str) -> str:
+    return segment.split("-", 1)[0]
+
+
+def place(segment: str) -> str:
     """Attempt and rollout of a segment's name."""
     return "-".join(segment.split("-")[1:3])
 
 
-def load_run(connection: "duckdb.DuckDBPyConnection", folder: Path, run_id: str) -> list[str]:
-    """Fills the raw tables with one run's rows; returns what could not be read."""
-    for last_try in (False, True):
-        rows, problems, vanished = _read_run(folder)
-        if not vanished or last_try:
-            break
-    for table, part in rows:
-        part = part.set_column(0, "run_id", [[run_id] * len(part)])
-        connection.register("part", part)
-        connection.execute(f"insert into raw_{table} by name select * from part")
-        connection.unregister("part")
-    return problems + [f"{name} vanished" for name in vanished]
+def read_segments(folder: Path, names: Iterable[str], problems: list[str]) -> dict[str, list["pa.Table"]]:
+    """Rows by table. What is damaged or of a newer schema is left out and named in problems.
 
-
-def _read_run(folder: Path) -> tuple[list[tuple[str, "pa.Table"]], list[str], list[str]]:
-    """Rows by table, problems, and segments that were gone when they were to be read (a fold came between)."""
+    Raises FileNotFoundError for a segment that is gone: a fold came between listing and reading.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    problems: list[str] = []
-    vanished: list[str] = []
-    # Listed before the store is read: a fold that comes between is then in the store, or leaves a vanished segment.
-    listed = committed_segments(folder)
-    rows, held = _read_store(folder, problems)
-    for file in listed:
-        table = file.name.split("-")[0]
-        if table not in FOLDED or file.name in held:
-            continue
+    rows: dict[str, list[pa.Table]] = {}
+    for name in names:
         try:
-            content = file.read_bytes()
-            if digest(content) != file.stem.rsplit("-", 1)[1]:
-                problems.append(f"{file.name} is damaged (its content is not what was written)")
+            content = (folder / "journal" / name).read_bytes()
+            if not is_whole(content, name):
+                problems.append(f"{name} is damaged (its content is not what was written)")
                 continue
             segment = pq.read_table(pa.BufferReader(content))
         except FileNotFoundError:
-            vanished.append(file.name)
-            continue
+            raise
         except (pa.ArrowException, OSError) as error:
-            problems.append(f"{file.name} is damaged ({one_line(error)})")
+            problems.append(f"{name} is damaged ({' '.join(str(error).split())[:200]})")
             continue
-        version = int((segment.schema.metadata or {}).get(b"clipctl_schema_version", b"0"))
-        if version > SCHEMA_VERSION:
-            problems.append(f"{file.name} has schema {version}, this clipctl reads up to {SCHEMA_VERSION}")
-            continue
-        rows.append((table, segment))
-    return rows, problems, vanished
+        newer = _newer(segment.schema, name)
+        if newer is None:
+            rows.setdefault(table_of(name), []).append(segment)
+        else:
+            problems.append(newer)
+    return rows
 
 
-def _read_store(folder: Path, problems: list[str]) -> tuple[list[tuple[str, "pa.Table"]], set[str]]:
-    import duckdb
+def segment_problem(folder: Path, name: str, *, versions: bool) -> str | None:
+    """What is wrong with a segment that is not read now: by its digest and, where asked, its schema version."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    file = folder / "metrics.duckdb"
-    if not file.is_file():
-        return [], set()
     try:
-        with duckdb.connect(str(file), read_only=True) as store:
-            (version,) = store.execute("select version from store_version").fetchall()[0]
-            if version > SCHEMA_VERSION:
-                problems.append(f"metrics.duckdb has schema {version}, this clipctl reads up to {SCHEMA_VERSION}")
-                return [], set()
-            tables = {name for (name,) in store.execute("select table_name from duckdb_tables()").fetchall()}
-            rows = [
-                (table, store.sql(f"select * from {table}").to_arrow_table()) for table in FOLDED if table in tables
-            ]
-            return rows, {name for (name,) in store.execute("select name from segments").fetchall()}
-    except (duckdb.Error, OSError) as error:
-        problems.append(f"metrics.duckdb is damaged ({one_line(error)})")
-        return [], set()
+        content = (folder / "journal" / name).read_bytes()
+    except FileNotFoundError:
+        # A fold came between listing and reading, which whoever needs the rows will see.
+        return None if table_of(name) in FOLDED else f"{name} vanished"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    if not is_whole(content, name):
+        return f"{name} is damaged (its content is not what was written)"
+    return _newer(pq.read_schema(pa.BufferReader(content)), name) if versions else None
 
 
-def held_segments(folder: Path) -> set[str]:
-    return _read_store(folder, [])[1]
-
-
-def create_tables(connection: "duckdb.DuckDBPyConnection") -> None:
-    for table in FOLDED:
-        connection.register("part", arrow_schema(table).empty_table())
-        connection.execute(f"create table raw_{table} as select * from part")
-        connection.unregister("part")
-    connection.execute(
-        "create table runs (run_id varchar, name varchar, state varchar, created_at timestamp, finished_at timestamp, "
-        "spec json, git_commit varchar, version varchar, host varchar, preset varchar, model varchar, eps_low double, "
-        "eps_high double, seed bigint, attempt integer, message varchar, path varchar, problem varchar)"
+def _newer(schema: "pa.Schema", name: str) -> str | None:
+    version = int((schema.metadata or {}).get(b"clipctl_schema_version", b"0"))
+    return (
+        f"{name} has schema {version}, this clipctl reads up to {SCHEMA_VERSION}" if version > SCHEMA_VERSION else None
     )
-    connection.execute("create table resumes (run_id varchar, attempt integer, resumed_at bigint)")
-    connection.execute(
-        "create table evaluation_folders (eval_id varchar, run_id varchar, state varchar, created_at timestamp, "
-        "finished_at timestamp, message varchar, path varchar, problem varchar)"
-    )
+
+
+@contextmanager
+def plain_path(folder: Path) -> Iterator[Path]:
+    """A path to the folder that DuckDB takes as it stands, where the folder's own has characters that mean something to
+    it: a link in a temporary folder."""
+    if not is_odd(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="clipctl-") as place:
+        link = Path(place) / "run"
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+        yield link
+
+
+def is_odd(path: Path) -> bool:
+    """Whether DuckDB reads more into the path than a name: globs, and parameters after a question mark."""
+    return any(character in str(path) for character in "?*[]")
+
+
+def state_of(status: Mapping[str, Any]) -> str | None:
+    """The state that a reader concludes: a run that says `running` and is not alive has `crashed`."""
+    state = status.get("state")
+    if state != "running":
+        return state
+    silent = datetime.now(UTC) - datetime.fromisoformat(status["heartbeat"])
+    if silent.total_seconds() > HEARTBEAT_SECONDS:
+        return "crashed"
+    here = status.get("host") == socket.gethostname()
+    return "crashed" if here and not Path(f"/proc/{status['pid']}").exists() and Path("/proc/self").exists() else state
+
+
+def quoted(text: str | Path) -> str:
+    """As a literal of SQL, with its quotes."""
+    return "'" + str(text).replace("'", "''") + "'"
 
 
 def usable_status(status: dict[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -146,36 +200,18 @@ def usable_status(status: dict[str, Any], problems: list[str]) -> dict[str, Any]
     return status
 
 
-def state_of(status: Mapping[str, Any]) -> str | None:
-    """The state that a reader concludes: a run that says `running` and is not alive has `crashed`."""
-    state = status.get("state")
-    if state != "running":
-        return state
-    silent = datetime.now(UTC) - datetime.fromisoformat(status["heartbeat"])
-    if silent.total_seconds() > HEARTBEAT_SECONDS:
-        return "crashed"
-    here = status.get("host") == socket.gethostname()
-    return "crashed" if here and not Path(f"/proc/{status['pid']}").exists() and Path("/proc/self").exists() else state
-
-
-def read_text(file: Path) -> str:
-    return file.read_text(errors="replace") if file.is_file() else ""
-
-
 def read_json(file: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        content = json.loads(read_text(file))
-    except json.JSONDecodeError:
+        content = json.loads(file.read_text(errors="replace"))
+    except FileNotFoundError:
+        problems.append(f"{file.name} is missing")
+        return {}
+    except OSError as error:
+        problems.append(f"{file.name} cannot be read ({error.strerror})")
+        return {}
+    except (json.JSONDecodeError, RecursionError):
         content = None
     if isinstance(content, dict):
         return content
-    problems.append(f"{file.name} is {'damaged' if file.is_file() else 'missing'}")
+    problems.append(f"{file.name} is damaged")
     return {}
-
-
-def quoted(path: Path) -> str:
-    return str(path).replace("'", "''")
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -42,8 +42,17 @@ def write_segment(journal: Path, stem: str, table: str, columns: Mapping[str, An
 
 
 def digest(content: bytes) -> str:
-    """Eight hex digits of BLAKE2b."""
-    return blake2b(content, digest_size=4).hexdigest()
+    """Sixteen hex digits of XXH3-64: ten times as fast as reading, so that whole runs can be checked at every look."""
+    from xxhash import xxh3_64_hexdigest
+
+    return str(xxh3_64_hexdigest(content))
+
+
+def is_whole(content: bytes, name: str) -> bool:
+    """Whether a segment is what was written, by the digest in its name; earlier versions took eight digits of BLAKE2b."""
+    written = name.removesuffix(".parquet").rsplit("-", 1)[1]
+    found = blake2b(content, digest_size=4).hexdigest() if len(written) == 8 else digest(content)
+    return found == written
 
 
 def write_whole(file: Path, content: bytes) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from clipctl.errors import SpecError, StoreError
 from clipctl.fold import fold
-from clipctl.folder import committed_segments, state_of
+from clipctl.folder import list_segments, state_of
 from clipctl.journal import RunWriter, create_run
 from clipctl.metrics import METRICS
 from clipctl.schema import SCHEMA_VERSION, SHARDS, TABLES
@@ -132,7 +132,7 @@ def test_the_fold_holds_what_the_journal_held(writer: RunWriter) -> None:
     assert times[0][0] < times[0][1] < times[1][1] < times[2][1] < told
     writer.close("finished", "")
     assert (writer.folder / "metrics.duckdb").is_file()
-    assert not [file for file in committed_segments(writer.folder) if not file.name.startswith(SHARDS)]
+    assert not [name for name in list_segments(writer.folder) if not name.startswith(SHARDS)]
     assert answers(writer.folder) == before
     assert len(before["rollouts"]) == 3
     assert len(before["updates"]) == 9
@@ -600,25 +600,28 @@ def test_a_damaged_journal_is_not_folded_away(writer: RunWriter) -> None:
     assert len(answers(writer.folder)["rollouts"]) == 2
 
 
-def test_a_fold_while_reading_loses_nothing(writer: RunWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("closes_at", [1, 2])
+def test_a_fold_while_reading_loses_nothing(writer: RunWriter, monkeypatch: pytest.MonkeyPatch, closes_at: int) -> None:
     """The run ends between any two steps of the reader: all its rows are seen."""
-    import clipctl.folder as folder
+    import clipctl.store as store
 
     for rollout in range(3):
         write(writer, rollout)
-    real, calls = folder._read_store, [0]
+    real, calls = store.read_segments, [0]
 
-    def read_then_close(*arguments: Any) -> Any:
-        found = real(*arguments)
+    def close_then_read(*arguments: Any) -> Any:
         calls[0] += 1
-        if calls[0] == 1:
+        if calls[0] == closes_at:
             writer.close("finished", "")
-        return found
+        return real(*arguments)
 
-    monkeypatch.setattr(folder, "_read_store", read_then_close)
+    monkeypatch.setattr(store, "read_segments", close_then_read)
     with open_runs(writer.folder) as runs:
-        assert runs.sql("select count(*) from rollouts").fetchall() == [(3,)]
-        assert runs.sql("select problem from runs").fetchall() == [(None,)]
+        for _ in range(2):
+            assert runs.sql("select count(*) from rollouts").fetchall() == [(3,)]
+            assert runs.sql("select count(*) from updates").fetchall() == [(9,)]
+            assert runs.sql("select problem from runs").fetchall() == [(None,)]
+    assert calls[0] >= closes_at
 
 
 def test_names_are_told_apart_at_any_depth(tmp_path: Path) -> None:
