@@ -122,6 +122,10 @@ def analyze(
     rollout: Annotated[int | None, typer.Option(help="For samples: of this rollout; without it the last.")] = None,
     prompt: Annotated[str | None, typer.Option(help="For samples: of this prompt_id.")] = None,
     output: Annotated[str, typer.Option("--format", help="table, json or csv.")] = "table",
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", help="Show the runs as they go; q or Ctrl-C ends it. A pipe gets a line per rollout."),
+    ] = False,
     export: Annotated[
         tuple[str, Path] | None,
         typer.Option(
@@ -145,6 +149,11 @@ def analyze(
     events     alarms, control, ends         clipctl analyze runs/ --view events
     a query                                  clipctl analyze runs/ --sql "select run_id, entropy from rollouts"
     """
+    if follow:
+        from clipctl.follow import follow as show
+
+        show(paths)
+        return
     if export is not None:
         from clipctl.exporters import export_paths
 
