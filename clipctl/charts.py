@@ -26,6 +26,10 @@ from clipctl.whatif import HIGH, LOW, what_if
 Rows = list[dict[str, Any]]
 Panels = list[Any]
 ROLLOUT = "rollout"
+MOST_GROUPS = 6
+"""Runs whose samples are drawn."""
+PERCENT = (0.0, 100.0)
+SHARE = (0.0, 1.0)
 
 
 def chart(view: str, runs: Runs, options: Options | None = None) -> Any:
@@ -34,15 +38,17 @@ def chart(view: str, runs: Runs, options: Options | None = None) -> Any:
     Raises SpecError for a view without a chart, and where no run has the numbers.
     """
     made = CHARTS[view](runs, options or Options())
-    return plots.arranged(made, TITLES[view], subtitle_of(runs, options or Options()), columns=COLUMNS.get(view, 2))
+    return plots.arranged(
+        made, TITLES[view], subtitle_of(view, runs, options or Options()), columns=COLUMNS.get(view, 2)
+    )
 
 
-def subtitle_of(runs: Runs, options: Options) -> list[str]:
+def subtitle_of(view: str, runs: Runs, options: Options) -> list[str]:
     """What the sheet shows: the run, where it is one, and what lines and bands are."""
     arms = arms_of(runs, options.by)
-    lines = [arms[0].name] if len(arms) == 1 else []
-    if any(len(arm.runs) > 1 for arm in arms):
-        lines.append("lines: mean over runs; bands: 95 % interval of the mean (Student's t)")
+    lines = [plots.shortened(arms[0].name)] if len(arms) == 1 else []
+    if view in SUBTITLES and any(len(arm.runs) > 1 for arm in arms):
+        lines.append(SUBTITLES[view])
     return lines
 
 
@@ -56,8 +62,8 @@ def overview_chart(runs: Runs, options: Options) -> Panels:
     return [
         _line(entropy, legend, "entropy", "entropy, nats", "Entropy"),
         _line(reward, legend, "reward_mean", "mean reward", "Reward"),
-        _line(clips, legend, "clip_low_percent", "% of response tokens", "Clip-low", zero=True),
-        _line(clips, legend, "clip_high_percent", "% of response tokens", "Clip-high", zero=True),
+        _line(clips, legend, "clip_low_percent", "% of response tokens", "Clip-low", bounds=PERCENT),
+        _line(clips, legend, "clip_high_percent", "% of response tokens", "Clip-high", bounds=PERCENT),
     ]
 
 
@@ -84,20 +90,32 @@ def clip_chart(runs: Runs, options: Options) -> Panels:
     made = []
     for name, title in (("", "of all tokens"), ("_advantage", "of tokens with A ≠ 0")):
         made += [
-            _line(rows, legend, f"clip_low_percent{name}", f"% {title}", f"Clip-low, {title}", zero=True),
-            _line(rows, legend, f"clip_high_percent{name}", f"% {title}", f"Clip-high, {title}", zero=True),
+            _line(rows, legend, f"clip_low_percent{name}", f"% {title}", f"Clip-low, {title}", bounds=PERCENT),
+            _line(rows, legend, f"clip_high_percent{name}", f"% {title}", f"Clip-high, {title}", bounds=PERCENT),
         ]
     return [
         *made,
-        _line(rows, legend, "ratio_low_percent", "% of all tokens", "r < 1 − ε_low, whatever A", zero=True),
-        _line(rows, legend, "ratio_high_percent", "% of all tokens", "r > 1 + ε_high, whatever A", zero=True),
+        _line(rows, legend, "ratio_low_percent", "% of all tokens", "r < 1 − ε_low, whatever A", bounds=PERCENT),
+        _line(rows, legend, "ratio_high_percent", "% of all tokens", "r > 1 + ε_high, whatever A", bounds=PERCENT),
         _line(extremes, legend, "ratio_min", "smallest r", "Smallest ratio of a rollout", log_y=True),
         _line(extremes, legend, "ratio_max", "largest r", "Largest ratio of a rollout", log_y=True),
         _line(
-            steps, legend, "clip_low_percent", "% of all tokens", "Clip-low by inner step", x="inner_step", zero=True
+            steps,
+            legend,
+            "clip_low_percent",
+            "% of all tokens",
+            "Clip-low by inner step",
+            x="inner_step",
+            bounds=PERCENT,
         ),
         _line(
-            steps, legend, "clip_high_percent", "% of all tokens", "Clip-high by inner step", x="inner_step", zero=True
+            steps,
+            legend,
+            "clip_high_percent",
+            "% of all tokens",
+            "Clip-high by inner step",
+            x="inner_step",
+            bounds=PERCENT,
         ),
     ]
 
@@ -157,12 +175,12 @@ def passk_chart(runs: Runs, options: Options) -> Panels:
         for k, title in ((1, f"mean@{most}"), (most, f"pass@{most}")):
             chosen = [row for row in trained if row["k"] == k]
             if chosen:
-                made.append(_line(chosen, legend, "pass_at_k", title, f"{title}, {_called(benchmark)}"))
+                made.append(_line(chosen, legend, "pass_at_k", title, f"{title}, {_called(benchmark)}", bounds=SHARE))
         last = {row["series"]: row["rollout"] for row in mine}
         curve = [row for row in mine if row["rollout"] == last[row["series"]]]
         if most > 1:
             title = f"pass@k at the end, {_called(benchmark)}"
-            made.append(_line(curve, legend, "pass_at_k", "pass@k", title, x="k", log_x=True))
+            made.append(_line(curve, legend, "pass_at_k", "pass@k", title, x="k", log_x=True, bounds=SHARE))
     return made
 
 
@@ -279,7 +297,7 @@ def samples_chart(runs: Runs, options: Options) -> Panels:
     rows = samples_view(runs, options).table.to_pylist()
     tokens = tokens_of(runs, groups)
     made: Panels = []
-    for group in groups[: plots.MOST_NAMED]:
+    for group in groups[:MOST_GROUPS]:
         mine = [row for row in rows if row["run"] == group["run_id"]]
         title = f"{plots.shortened(group['run_id'])}, rollout {group['rollout']}, {plots.shortened(str(group['prompt_id']))}"
         flat = [
@@ -372,5 +390,12 @@ TITLES = {
     "samples": "Samples of one prompt",
     "events": "Events",
 }
+_BANDS = "lines: mean over runs; bands: 95 % interval of the mean (Student's t)"
+SUBTITLES = {
+    **dict.fromkeys(("overview", "entropy", "clip", "ledger", "passk"), _BANDS),
+    "compare": "dots: mean over runs; bars: its 95 % interval (Student's t); differences are between pairs of runs",
+    "frontier": "a path is the mean over runs",
+}
+"""What is said where lines are means over runs."""
 COLUMNS = {"samples": 1, "events": 1}
 """Panels in a row, where they are not two."""

@@ -103,7 +103,7 @@ def entropy_ledger(
     logprob, old_logprob, advantages, entropy, expected_q = (
         tensor.detach().expand(kept.shape)[kept] for tensor in (logprob, old_logprob, advantages, entropy, expected_q)
     )
-    x, y = _events(logprob, old_logprob, eps_low, eps_high)
+    x, y = ratio_events(logprob, old_logprob, eps_low, eps_high)
     r, pg, npg = _effects(logprob, old_logprob, entropy, expected_q)
     w = 1 / max(r.numel(), 1) if weight is None else weight.detach().expand(kept.shape)[kept].double()
     wr, advantages = w * r, advantages.double()
@@ -228,7 +228,7 @@ def _edges(
     return tuple(low), tuple(high), torch.tensor([*low, *high], dtype=dtype, device=device)
 
 
-def _events(logprob: Tensor, old_logprob: Tensor, eps_low: float, eps_high: float) -> tuple[Tensor, Tensor]:
+def ratio_events(logprob: Tensor, old_logprob: Tensor, eps_low: float, eps_high: float) -> tuple[Tensor, Tensor]:
     """X and Y; those of the clip counts, so they compare the ratio in the dtype that the objective has."""
     ratio = (logprob - old_logprob).exp()
     return ratio < 1 - eps_low, ratio > 1 + eps_high

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clipctl.algo import OBJECTIVES
-from clipctl.ledger import EntropyLedger, EventCounts, RatioProfile, ratio_profiles
+from clipctl.ledger import EntropyLedger, EventCounts, RatioProfile, ratio_events, ratio_profiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +139,11 @@ class PolicyLoss:
             )
             for at in range(updates)
         ]
+
+    def clipped(self, tokens: UpdateTokens) -> Tensor:
+        """Which tokens an update clips, clip-low and clip-high: bool [2,T]. The events that the counts count."""
+        x_T, y_T = ratio_events(tokens.logprob_T, tokens.old_logprob_T, self.eps_low, self.eps_high)
+        return torch.stack([x_T & (tokens.advantages_T < 0), y_T & (tokens.advantages_T > 0)])
 
     def pull(
         self, logprob_T: Tensor, old_logprob_T: Tensor, advantages_T: Tensor, weights_T: Tensor

@@ -15,9 +15,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +148,21 @@ class ChatTokenizer:
         """The text of a response, without special tokens."""
         text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
+
+    def token_texts(self, responses: Sequence[Sequence[int]]) -> list[list[str]]:
+        """What each token of each response adds to the text of the one before it, spaces and special tokens included; bytes
+        that are no character by themselves are �."""
+        pairs: dict[tuple[int, ...], str] = {}
+
+        def text(*ids: int) -> str:
+            if ids not in pairs:
+                pairs[ids] = self.tokenizer.decode(list(ids), skip_special_tokens=False)
+            return pairs[ids]
+
+        return [
+            [text(*ids[:1]), *(text(before, at)[len(text(before)) :] for before, at in pairwise(ids))]
+            for ids in responses
+        ]
 
     def save(self, folder: Path) -> None:
         """Write it into a model folder."""

@@ -29,21 +29,21 @@ def lines(
     subtitle: str = "",
     log_x: bool = False,
     log_y: bool = False,
-    zero: bool = False,
+    bounds: tuple[float, float] | None = None,
     rule: float | None = None,
 ) -> Any:
     """A panel of one line a series over `x`, with a band between `<y>_low` and `<y>_high` where rows have them.
 
     rows: `series`, x, y, in the order of x; a NULL interrupts the line. Short series show every point, long ones some
-    markers. rule: a horizontal line to compare with.
+    markers. bounds: what y can be, which a band is cut to. rule: a horizontal line to compare with.
     """
     import altair as alt
 
-    values = _line_values(rows, legend, x, y)
-    looks = legend.encodings(lines=True)
+    values = _line_values(rows, legend, x, y, bounds or (-math.inf, math.inf))
+    looks = legend.encodings()
     span = [row["x"] for row in values]
     x_scale = alt.Scale(type="log", base=2) if log_x else alt.Scale(nice=False, zero=False, padding=6)
-    y_scale = alt.Scale(type="log") if log_y else alt.Scale(zero=zero)
+    y_scale = alt.Scale(type="log") if log_y else alt.Scale(zero=bounds is not None)
     whole = all(float(value).is_integer() for value in span)
     x_axis = alt.Axis(
         title=x_title,
@@ -54,6 +54,8 @@ def lines(
     if log_x:
         x_axis = alt.Axis(title=x_title, format="d", values=sorted(set(span)))
     y_axis = alt.Axis(title=y_title, tickCount=5)
+    if log_y:
+        y_axis = alt.Axis(title=y_title, values=_powers_of_ten([row["y"] for row in values if row["y"]]), format="~g")
     base = alt.Chart(data(values)).encode(x=alt.X("x:Q", scale=x_scale, axis=x_axis))
     y_code = alt.Y("y:Q", scale=y_scale, axis=y_axis)
     layers = []
@@ -102,7 +104,7 @@ def scatter(
     import altair as alt
 
     values = _labelled(rows, legend, x, y)
-    looks = legend.encodings(lines=True)
+    looks = legend.encodings()
     layers = [
         alt.Chart(data([{"at": 0}])).mark_rule(color="#888888", strokeDash=[2, 3]).encode(**{axis: "at:Q"})
         for axis in "xy"
@@ -133,7 +135,7 @@ def paths(
     values = _labelled([row for row in rows if row[x] is not None], legend, "rollout", x, y)
     last = {row["series"]: at for at, row in enumerate(values)}
     values = [row | {"end": last[row["series"]] == at} for at, row in enumerate(values)]
-    looks = legend.encodings(lines=True)
+    looks = legend.encodings()
     base = alt.Chart(data(values)).encode(
         x=alt.X(f"{x}:Q", title=x_title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=6)),
         y=alt.Y(f"{y}:Q", title=y_title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5)),
@@ -167,7 +169,7 @@ def over_eps(
     # A logarithmic axis has no 0.
     shown = [{**row, "at": place if row["eps"] >= off else max(row["eps"], least / OFF)} for row in rows]
     values = _labelled(shown, legend, "eps", "at", y, "own", "interpolated")
-    looks = legend.encodings(lines=True)
+    looks = legend.encodings()
     ticks = [tick for tick in (0.001, 0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10) if least <= tick <= place / 1.3]
     axis = alt.Axis(
         title=f"ε_{side}",
@@ -182,12 +184,14 @@ def over_eps(
     zero = alt.Chart(data([{"at": 0}])).mark_rule(color="#888888", strokeDash=[2, 3]).encode(y="at:Q")
     line = base.mark_line(strokeWidth=1.6).encode(color=looks["color"], strokeDash=looks["strokeDash"])
     named = "true" if legend.rest is None else f"datum.label !== '{legend.rest}'"
-    points = base.transform_filter(f"({named}) || datum.own").mark_point(opacity=1, strokeWidth=1.4)
+    points = base.transform_filter(f"datum.own || (datum.interpolated && {named})").mark_point(
+        opacity=1, strokeWidth=1.4
+    )
     marks = points.encode(
         color=looks["color"],
         fill=alt.condition("datum.interpolated", alt.value("white"), looks["color"]),
         shape=looks["shape"],
-        size=alt.condition("datum.own", alt.value(170), alt.value(16)),
+        size=alt.condition("datum.own", alt.value(110), alt.value(22)),
         tooltip=["series:N", "eps:Q", f"{y}:Q", "interpolated:N"],
     )
     subtitle = "large mark: the ε of the run; hollow: interpolated"
@@ -250,7 +254,8 @@ def sample_bars(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
     ]
     scale = alt.Scale(domain=REWARDED, range=[COLORS[1], GREY, COLORS[2]])
     base = alt.Chart(data(values)).encode(
-        y=alt.Y("sample:O", title="sample"), x=alt.X("entropy:Q", title="mean entropy of the response, nats")
+        y=alt.Y("sample:O", title="sample"),
+        x=alt.X("entropy:Q", title="mean entropy of the response, nats", axis=alt.Axis(tickCount=6)),
     )
     bars = base.mark_bar(height=12).encode(
         color=alt.Color("reward:N", scale=scale, legend=alt.Legend(title="reward", orient="bottom"))
@@ -318,7 +323,7 @@ def timeline(rows: Sequence[Mapping[str, Any]]) -> Any:
         alt.Chart(data(values))
         .mark_point(filled=True, size=60, opacity=0.8)
         .encode(
-            x=alt.X("minutes:Q", title="minutes since the run's start"),
+            x=alt.X("minutes:Q", title="minutes since the run's start", axis=alt.Axis(tickCount=8)),
             y=alt.Y("run:N", title=None, sort=names, axis=alt.Axis(labelLimit=0, grid=True)),
             color=alt.Color("kind:N", scale=scales["color"], sort=None, legend=legend),
             shape=alt.Shape("kind:N", scale=scales["shape"], sort=None, legend=legend),
@@ -328,7 +333,16 @@ def timeline(rows: Sequence[Mapping[str, Any]]) -> Any:
     )
 
 
-def _line_values(rows: Sequence[Mapping[str, Any]], legend: Legend, x: str, y: str) -> list[dict[str, Any]]:
+def _powers_of_ten(values: Sequence[float]) -> list[float]:
+    """At most six powers of ten that span the values."""
+    exponents = [math.floor(math.log10(value)) for value in values] or [0]
+    first, last = min(exponents), max(exponents) + 1
+    return [10.0**exponent for exponent in range(first, last + 1, -(-(last - first) // 5) or 1)]
+
+
+def _line_values(
+    rows: Sequence[Mapping[str, Any]], legend: Legend, x: str, y: str, bounds: tuple[float, float]
+) -> list[dict[str, Any]]:
     by_series: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["series"] in legend.labels:
@@ -348,8 +362,8 @@ def _line_values(rows: Sequence[Mapping[str, Any]], legend: Legend, x: str, y: s
                     "label": legend.labels[name],
                     "x": row[x],
                     "y": rounded(row[y]),
-                    "low": rounded(row.get(f"{y}_low")),
-                    "high": rounded(row.get(f"{y}_high")),
+                    "low": rounded(_within(row.get(f"{y}_low"), bounds)),
+                    "high": rounded(_within(row.get(f"{y}_high"), bounds)),
                     "marked": named and marked and row[y] is not None,
                 }
             )
@@ -360,6 +374,10 @@ def thinned(rows: Sequence[Any]) -> list[Any]:
     """Every so many of the rows, the last one always, so that at most MOST_POINTS are left."""
     stride = -(-len(rows) // MOST_POINTS)
     return [row for at, row in enumerate(rows) if (len(rows) - 1 - at) % stride == 0] if stride > 1 else list(rows)
+
+
+def _within(value: float | None, bounds: tuple[float, float]) -> float | None:
+    return None if value is None else min(max(value, bounds[0]), bounds[1])
 
 
 def rounded(value: Any) -> float | None:

@@ -54,7 +54,7 @@ class Legend:
     def domain(self) -> list[str]:
         return [*dict.fromkeys(self.labels.values())]
 
-    def encodings(self, *, lines: bool) -> dict[str, Any]:
+    def encodings(self) -> dict[str, Any]:
         """Colour, dash and shape of the field `label`; no legend for one series, which the title names."""
         import altair as alt
 
@@ -65,18 +65,15 @@ class Legend:
                 scales[scale].range = [*scales[scale].range[:-1], value]
         legend = None
         if len(names) > 1:
-            wide = max(map(len, names)) > 24
+            columns = 2 if max(map(len, names)) > 24 else 4
             legend = alt.Legend(
-                title=None,
-                orient="bottom",
-                columns=2 if wide else 4,
-                labelLimit=0,
-                symbolType="stroke" if lines else "circle",
+                title=None, orient="bottom", columns=columns, labelLimit=0, symbolOpacity=1, symbolStrokeWidth=0
             )
         common: dict[str, Any] = {"legend": legend, "sort": None}
         return {
             "color": alt.Color("label:N", scale=scales["color"], **common),
-            "strokeDash": alt.StrokeDash("label:N", scale=scales["strokeDash"], **common),
+            # A dashed outline would fray the legend's marks.
+            "strokeDash": alt.StrokeDash("label:N", scale=scales["strokeDash"], sort=None, legend=None),
             "shape": alt.Shape("label:N", scale=scales["shape"], **common),
         }
 

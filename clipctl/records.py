@@ -1,11 +1,12 @@
 """What the store keeps of a rollout: sums and counts, as rows. Means are made when they are read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from clipctl.alarms import RolloutFacts
 from clipctl.engine import ProbeResult, Scores
@@ -130,13 +131,15 @@ def _scored_sums(trained: Sequence[Group], old: Scores) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One optimizer step as it is stored: its responses, the ε in force, the sums over its tokens, its probe."""
+    """One optimizer step as it is stored: its responses, the ε in force, the sums over its tokens, its probe, and which of
+    its tokens were clipped, low and high (bool [2,T])."""
 
-    responses: int
+    rows: range
     loss: PolicyLoss
     grad_norm: float
     sums: UpdateSums
     probe: ProbeResult | None
+    clipped_2T: Tensor
 
 
 def update_columns(updates: Sequence[Update], lr: float) -> Columns:
@@ -153,7 +156,7 @@ def update_row(inner_step: int, update: Update, lr: float) -> dict[str, Any]:
         "loss": sums.loss,
         "grad_norm": update.grad_norm,
         "lr": lr,
-        "responses": update.responses,
+        "responses": len(update.rows),
         "tokens": counts.tokens,
         "tokens_advantage": counts.tokens_advantage,
         "eps_low": update.loss.eps_low,
@@ -224,11 +227,29 @@ def noise_columns(log_ratios: Mapping[str, NDArray[np.float64]]) -> Columns:
     )
 
 
+def token_clips(lengths_R: NDArray[np.int64], updates: Sequence[Update]) -> NDArray[np.int32]:
+    """How often each trained token was clipped over the updates of its rollout: clip-low and clip-high, [2,T]."""
+    starts = np.concatenate([[0], np.cumsum(lengths_R)])
+    counts_2T = np.zeros((2, int(starts[-1])), dtype=np.int32)
+    for update in updates:
+        counts_2T[:, starts[update.rows.start] : starts[update.rows.stop]] += update.clipped_2T.cpu().numpy()
+    return counts_2T
+
+
 def rollout_tables(
-    spec: RunSpec, sampled: Sequence[Group], trained: Sequence[Group], old: Scores | None, updates: Sequence[Update]
+    spec: RunSpec,
+    sampled: Sequence[Group],
+    trained: Sequence[Group],
+    old: Scores | None,
+    updates: Sequence[Update],
+    token_texts: Callable[[Sequence[Sequence[int]]], list[list[str]]],
 ) -> dict[str, Columns]:
-    """Everything but the `rollouts` row that the store keeps of a rollout: table → column → values."""
-    samples = sample_columns(sampled, trained, old)
+    """Everything but the `rollouts` row that the store keeps of a rollout: table → column → values.
+
+    token_texts: of the token ids of some responses.
+    """
+    clips_2T = None if old is None else token_clips(pack(trained).lengths_R, updates)
+    samples = sample_columns(sampled, trained, old, clips_2T)
     texts = {name: samples[name] for name in ("position", "sample", "text")}
     tables: dict[str, Columns | None] = {
         "updates": update_columns(updates, spec.optim.lr),
@@ -236,7 +257,7 @@ def rollout_tables(
         "probes": probe_columns(updates),
         "samples": {name: values for name, values in samples.items() if name != "text"},
         "texts": texts if spec.store.texts else None,
-        "tokens": token_columns(trained, old, spec.store.tokens),
+        "tokens": token_columns(trained, old, clips_2T, spec.store.tokens, token_texts),
     }
     return {table: columns for table, columns in tables.items() if columns and len(next(iter(columns.values())))}
 
@@ -261,17 +282,23 @@ def _by_column(rows: Sequence[Mapping[str, Any]]) -> Columns:
     return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
 
 
-def sample_columns(sampled: Sequence[Group], trained: Sequence[Group], old: Scores | None) -> dict[str, Sequence[Any]]:
-    """The `samples` rows, by column. Entropy is NULL for groups that dynamic sampling dropped: they are not scored."""
+def sample_columns(
+    sampled: Sequence[Group], trained: Sequence[Group], old: Scores | None, clips_2T: NDArray[np.int32] | None
+) -> dict[str, Sequence[Any]]:
+    """The `samples` rows, by column. Entropy and clips are NULL for groups that dynamic sampling dropped: they are neither
+    scored nor trained on."""
     entropy: dict[tuple[int, int], float] = {}
     logprob: dict[tuple[int, int], float] = {}
-    if old is not None:
+    clips: dict[tuple[int, int], list[int]] = {}
+    if old is not None and clips_2T is not None:
         lengths_R = pack(trained).lengths_R
         keys = [(group.prompt.key.position, sample) for group in trained for sample in range(len(group.completions))]
         entropy_R = response_means(old.entropy_T.double().numpy(), lengths_R)
         logprob_R = response_means(old.logprob_T.double().numpy(), lengths_R) * lengths_R
         entropy = dict(zip(keys, entropy_R.tolist(), strict=True))
         logprob = dict(zip(keys, logprob_R.tolist(), strict=True))
+        clips_2R = np.add.reduceat(clips_2T, np.cumsum(lengths_R) - lengths_R, axis=1)
+        clips = dict(zip(keys, clips_2R.T.tolist(), strict=True))
     rows = [(group, sample) for group in sampled for sample in range(len(group.completions))]
     places = [(group.prompt.key.position, sample) for group, sample in rows]
     return {
@@ -285,8 +312,8 @@ def sample_columns(sampled: Sequence[Group], trained: Sequence[Group], old: Scor
         "truncated": [group.completions[sample].finish == "length" for group, sample in rows],
         "entropy": [entropy.get(place) for place in places],
         "logprob_sum": [logprob.get(place) for place in places],
-        "clip_low": [None] * len(rows),
-        "clip_high": [None] * len(rows),
+        "clip_low": [clips[place][0] if place in clips else None for place in places],
+        "clip_high": [clips[place][1] if place in clips else None for place in places],
         "text": [group.texts[sample] for group, sample in rows],
     }
 
@@ -296,9 +323,15 @@ def _is_kept(key: DrawKey, share: str | float) -> bool:
     return share == "all" or bool(keyed_rng(key.seed, "tokens", key.rollout, key.position).random() < float(share))
 
 
-def token_columns(trained: Sequence[Group], old: Scores | None, share: str | float) -> Columns | None:
+def token_columns(
+    trained: Sequence[Group],
+    old: Scores | None,
+    clips_2T: NDArray[np.int32] | None,
+    share: str | float,
+    token_texts: Callable[[Sequence[Sequence[int]]], list[list[str]]],
+) -> Columns | None:
     """The `tokens` rows, by column, of all trained groups or of an expected share of them, drawn by their keys."""
-    if old is None or share == "none":
+    if old is None or clips_2T is None or share == "none":
         return None
     lengths_R = pack(trained).lengths_R
     chosen_R = np.array([_is_kept(group.prompt.key, share) for group in trained for _ in group.completions], dtype=bool)
@@ -306,18 +339,18 @@ def token_columns(trained: Sequence[Group], old: Scores | None, share: str | flo
     kept = [row for row, chosen in zip(rows, chosen_R, strict=True) if chosen]
     keep_T = np.repeat(chosen_R, lengths_R)
     lengths = lengths_R[chosen_R]
-    nothing: list[None] = [None] * int(lengths.sum())
+    responses = [group.completions[sample].token_ids for group, sample in kept]
     return {
         "prompt_id": np.repeat(np.array([group.problem.id for group, _ in kept], dtype=object), lengths).tolist(),
         "position": np.repeat([group.prompt.key.position for group, _ in kept], lengths),
         "sample": np.repeat([sample for _, sample in kept], lengths),
         "token": np.concatenate([np.arange(length) for length in lengths]) if kept else np.array([], dtype=np.int64),
-        "token_id": np.concatenate([g.completions[s].token_ids for g, s in kept]) if kept else np.array([], np.int64),
+        "token_id": np.array([token_id for ids in responses for token_id in ids], dtype=np.int64),
         "logprob": old.logprob_T.numpy()[keep_T],
         "entropy": old.entropy_T.numpy()[keep_T],
         "sampler_logprob": np.concatenate([g.completions[s].logprobs for g, s in kept]) if kept else np.array([]),
         "advantage": np.repeat([float(group.advantages_G[sample]) for group, sample in kept], lengths),
-        "clip_low": nothing,
-        "clip_high": nothing,
-        "text": nothing,
+        "clip_low": clips_2T[0, keep_T],
+        "clip_high": clips_2T[1, keep_T],
+        "text": [text for texts in token_texts(responses) for text in texts],
     }

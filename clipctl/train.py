@@ -186,7 +186,8 @@ def run_rollouts(job: Job) -> None:
         engine.sampler.update_weights(engine.trainer.weights(), version=rollout + 1)
         seconds = Seconds(drawn.seconds_sample, drawn.seconds_reward, scored - started, perf_counter() - scored)
         row = rollout_row(drawn.groups, trained, old, drawn.refills, seconds)
-        job.writer.write_rollout(rollout, row, rollout_tables(spec, drawn.groups, trained, old, updates) | noise)
+        tables = rollout_tables(spec, drawn.groups, trained, old, updates, job.tokenizer.token_texts)
+        job.writer.write_rollout(rollout, row, tables | noise)
         job.report(make_report(spec, rollout, row, updates, seconds))
         history.append(rollout_facts(rollout, row, updates, spec))
         raise_alarms(job, history, control)
@@ -217,7 +218,7 @@ def run_updates(job: Job, rollout: int, batch: Batch | None, old: Scores | None,
         if len(done) == len(steps) or sum(len(result.tokens.logprob_T) for result in waiting) >= TOKENS_AT_ONCE:
             sums += loss.sums([result.loss for result in waiting], [result.tokens for result in waiting])
     return [
-        Update(len(rows), loss, result.grad_norm, its_sums, result.probe)
+        Update(rows, loss, result.grad_norm, its_sums, result.probe, loss.clipped(result.tokens))
         for rows, result, its_sums in zip(steps, done, sums, strict=True)
     ]
 

@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from clipctl import load_spec, open_runs
 from clipctl.errors import DataError, DivergedError, SpecError
+from clipctl.loss import PolicyLoss, UpdateTokens
+from clipctl.records import Update, token_clips
 from clipctl.train import Report, train
 
 SMALL = {
@@ -73,6 +76,53 @@ def test_counts_add_up(folder: Path) -> None:
         of = [row for row in updates if row[0] == rollout]
         assert sum(row[2] for row in of) == 2 * sampled[rollout]
         assert all(row[3] <= row[2] and row[4] <= row[5] for row in of)
+
+
+def test_clips_of_tokens_and_samples_are_those_of_the_updates(folder: Path) -> None:
+    """Exactly, rollout by rollout; with two epochs a token can be clipped twice."""
+    sums = "select rollout, sum(clip_low), sum(clip_high) from {} group by rollout order by rollout"
+    of_updates = rows(folder, sums.format("updates"))
+    assert sum(low for _, low, _ in of_updates) > 0
+    assert sum(high for _, _, high in of_updates) > 0
+    assert rows(folder, sums.format("samples")) == of_updates
+    assert rows(folder, sums.format("tokens")) == of_updates
+    assert rows(folder, "select count(*) from tokens where clip_low + clip_high > 2") == [(0,)]
+    by_sample = "select rollout, position, sample, sum(clip_low), sum(clip_high) from tokens group by all order by all"
+    assert rows(folder, by_sample) == rows(
+        folder, "select rollout, position, sample, clip_low, clip_high from samples order by all"
+    )
+    wrong_sign = "(advantage >= 0 and clip_low > 0) or (advantage <= 0 and clip_high > 0)"
+    assert rows(folder, f"select count(*) from tokens where {wrong_sign}") == [(0,)]
+
+
+def test_the_texts_of_tokens_are_the_response(folder: Path) -> None:
+    joined = "select rollout, position, sample, string_agg(text, '' order by token) as text from tokens group by all"
+    pairs = rows(
+        folder, f"select t.text, s.text from ({joined}) as t join samples as s using (rollout, position, sample)"
+    )
+    assert len(pairs) == 3 * 12 * 4
+    # The end of the response is a token of its own and has a text.
+    assert all(tokens.startswith(response) for tokens, response in pairs)
+
+
+def test_each_token_has_the_clips_of_its_own_updates() -> None:
+    """Two updates of different responses, then one of them again; by hand."""
+    loss = PolicyLoss("clip", 0.25, 0.5)
+    ratios = {0: [0.5, 1.0, 2.0], 1: [0.5, 1.6], 2: [0.5, 1.0, 0.7]}
+    advantages = {0: [-1.0, -1.0, -1.0], 1: [1.0, 1.0], 2: [-1.0, 1.0, -1.0]}
+
+    def update(rows: range, at: int) -> Update:
+        zeros = torch.zeros(len(ratios[at]))
+        tokens = UpdateTokens(
+            torch.tensor(ratios[at]).log(), zeros, zeros, zeros, torch.tensor(advantages[at]).double(), zeros.double()
+        )
+        return Update(rows, loss, 0.0, loss.sums([0.0], [tokens])[0], None, loss.clipped(tokens))
+
+    updates = [update(range(0, 1), 0), update(range(1, 3), 1), update(range(0, 1), 2)]
+    counts_2T = token_clips(np.array([3, 1, 1]), updates)
+    assert counts_2T.tolist() == [[2, 0, 1, 0, 0], [0, 0, 0, 0, 1]]
+    assert sum(step.sums.counts.clip_low for step in updates) == 3
+    assert sum(step.sums.counts.clip_high for step in updates) == 1
 
 
 def test_rollout_metrics_are_those_of_the_samples_and_tokens(folder: Path) -> None:

@@ -98,7 +98,7 @@ def measure(case: str, blocks: int) -> None:
         done = [trainer.step(batch, rows, old, loss) for rows in steps]
         sums = loss.sums([result.loss for result in done], [result.tokens for result in done])
         updates = [
-            Update(len(rows), loss, result.grad_norm, its_sums, None)
+            Update(rows, loss, result.grad_norm, its_sums, None, loss.clipped(result.tokens))
             for rows, result, its_sums in zip(steps, done, sums, strict=True)
         ]
         update_columns(updates, spec.optim.lr)
