@@ -1,6 +1,7 @@
 """The command line: parse, call, print. No logic, and nothing heavy is imported before a command needs it."""
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -121,7 +122,13 @@ def analyze(
     rollouts: Annotated[bool, typer.Option("--rollouts", help="For ledger: every rollout, not the summary.")] = False,
     rollout: Annotated[int | None, typer.Option(help="For samples: of this rollout; without it the last.")] = None,
     prompt: Annotated[str | None, typer.Option(help="For samples: of this prompt_id.")] = None,
-    output: Annotated[str, typer.Option("--format", help="table, json or csv.")] = "table",
+    output: Annotated[
+        str | None,
+        typer.Option("--format", help="table, json, csv, parquet or md; else by --out's suffix, else table."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write to FILE.json, .csv, .parquet, .md or .txt: complete or not at all.")
+    ] = None,
     follow: Annotated[
         bool,
         typer.Option("--follow", help="Show the runs as they go; q or Ctrl-C ends it. A pipe gets a line per rollout."),
@@ -163,10 +170,14 @@ def analyze(
     from clipctl.analyze import analyze as answer
 
     options = Options(tuple(grid or ()), tuple(by or ()), rollout, prompt, rollouts)
-    printed = answer(paths, sql, output, sys.stdout.isatty(), view=view, options=options, plot=plot)
+    terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if terminal else None
+    printed = answer(paths, sql, output, terminal, view=view, options=options, plot=plot, out=out, width=width)
     for note in printed.notes:
         print(f"note: {note}", file=sys.stderr)
-    print(printed.text)
+    for part in printed.parts:
+        sys.stdout.buffer.write(part)
+    sys.stdout.flush()
 
 
 @app.command()

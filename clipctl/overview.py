@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipctl.sparkline import sparkline
 from clipctl.store import Runs
-from clipctl.verdict import WINDOW, Facts, verdict
+from clipctl.verdict import PULLS, WINDOW, Facts, verdict
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -68,7 +68,8 @@ HEADINGS = {
 }
 """Short headings on a terminal; JSON and CSV keep the full names."""
 SHOWN = ("run", "state", "eps_low", "eps_high", "rollouts", "entropy", "entropy_normalized", "entropy_line",
-         "clip_low_percent", "clip_high_percent", "reward", "mean_at_k", "pass_at_k", "measured_on", "verdict", "problem")  # fmt: skip
+         "clip_low_percent", "clip_high_percent", "reward", "mean_at_k", "pass_at_k", "measured_on", "verdict",
+         "problem")  # fmt: skip
 """Columns of the table; JSON, CSV and Parquet have all."""
 
 
@@ -117,11 +118,9 @@ def _row(run: dict[str, Any], rollouts: dict[str, Any], updates: dict[str, Any],
         state=run["state"],
         message=run["message"] or "",
         entropy=series,
-        reward=updates.get("pull_reward"),
-        clip_low=updates.get("pull_clip_low"),
-        clip_high=updates.get("pull_clip_high"),
         clipped=int(updates.get("clipped") or 0),
         eps=_eps(updates),
+        pull=_pull(updates),
         agreed=int(probes.get("agreed") or 0),
         probed=int(probes.get("probed") or 0),
     )
@@ -146,6 +145,12 @@ def _correctness(rollouts: dict[str, Any], evaluated: dict[str, Any]) -> dict[st
     size = rollouts["group_size"]
     means = {"mean_at_k": rollouts["mean_at_group"], "pass_at_k": rollouts["pass_at_group"], "k": size}
     return means | {"measured_on": f"{size}, training groups"}
+
+
+def _pull(updates: dict[str, Any]) -> dict[str, float]:
+    if updates.get("pull_reward") is None:
+        return {}
+    return dict(zip(PULLS, (updates[f"pull_{column}"] for column in ("reward", "clip_low", "clip_high")), strict=True))
 
 
 def _eps(updates: dict[str, Any]) -> tuple[float, float, float, float] | None:

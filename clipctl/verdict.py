@@ -1,16 +1,19 @@
 """The verdict: what a run's entropy does, and who pulls at it, in words. Pure functions of numbers.
 
-The trend is the least-squares slope of entropy on the rollout over the last rollouts, in percent of their mean, with a 95 %
-interval that counts autocorrelated residuals as fewer (Santer et al. 2000, J. Geophys. Res. 105: n_eff = n (1-ρ)/(1+ρ), ρ the
-lag-1 autocorrelation). It falls or rises only where the interval excludes 0.
+The trend is the least-squares slope of log entropy on the rollout over the last rollouts, as percent a rollout, with a 95 %
+interval. Its error is taken from what is left after a curve (a quadratic term, which is orthogonal to the slope), and
+autocorrelated rest counts as fewer rollouts (Santer et al. 2000, J. Geophys. Res. 105: n_eff = n (1-ρ)/(1+ρ), ρ the lag-1
+autocorrelation). Entropy falls or rises only where the interval excludes 0.
 
-The reason is the ledger of the policy-gradient step over the same rollouts. Its terms are the own-state part of what moves
-entropy and under AdamW have no size, so they are told as shares of the downward or the upward pull, never as nats.
+The reason is the policy-gradient ledger over the same rollouts. Its terms are the own-state part of what moves entropy and have
+no size under AdamW, so they are told as shares of the downward or the upward pull, never as nats. (The prediction through
+the network names no one: under AdamW nearly all of it is momentum, in which the three parts are mixed.)
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 WINDOW = 20
 """Rollouts that the verdict looks at."""
@@ -23,6 +26,9 @@ CANCELLED = 0.05
 T_975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
          2.110, 2.101)  # fmt: skip
 """97.5 % quantiles of Student's t for 1, 2, … degrees of freedom."""
+PULLS = ("the reward", "clip-low", "clip-high")
+"""The ledger's terms in words."""
+LEDGER = "ledger of a policy-gradient step, own-state part"
 ENDED = {
     "crashed": "crashed (its heartbeat stopped)",
     "diverged": "diverged",
@@ -34,7 +40,7 @@ ENDED = {
 
 @dataclass(frozen=True, slots=True)
 class Trend:
-    """Slope, and the ends of its interval, in percent of the mean entropy a rollout; rollouts: how many it is made of."""
+    """Slope, and the ends of its interval, percent a rollout; rollouts: how many it is made of."""
 
     slope: float
     low: float
@@ -53,18 +59,16 @@ class Trend:
 class Facts:
     """What a verdict is made of.
 
-    entropy: of every rollout so far, nats, None where nothing was scored. reward, clip_low, clip_high: the ledger's terms
-    (policy gradient), summed over the updates of the last rollouts, None where the run has no ledger. clipped: tokens
-    clipped in them. eps: least and largest ε_low, and ε_high, that were in force, None where there were no updates. agreed,
-    probed: probed updates in which the ledger's sign was that of the observed change, and all probed updates.
+    entropy: of every rollout so far, nats, None where nothing was scored. pull: the ledger's summed terms by name (of PULLS),
+    empty where the run has none. clipped: tokens clipped in these rollouts. eps: least and largest
+    ε_low, and ε_high, that were in force, None where there were no updates. agreed, probed: probed updates in which the
+    ledger's sign was that of the observed change, and all probed updates.
     """
 
     state: str | None
     message: str
     entropy: Sequence[float | None]
-    reward: float | None = None
-    clip_low: float | None = None
-    clip_high: float | None = None
+    pull: Mapping[str, float] = field(default_factory=dict)
     clipped: int = 0
     eps: tuple[float, float, float, float] | None = None
     agreed: int = 0
@@ -80,58 +84,67 @@ def verdict(facts: Facts) -> str:
 
 
 def entropy_trend(rollouts: Sequence[int], entropies: Sequence[float]) -> Trend | None:
-    """The trend of entropies at rollouts; None where there are too few, or entropy is 0 throughout."""
+    """The trend of entropies (nats) at rollouts; None where there are too few, or entropy is 0 throughout."""
     n = len(entropies)
-    mean = sum(entropies) / n if n else 0.0
-    if n < FEWEST or mean <= 0:
+    if n < FEWEST or max(entropies) <= 0:
         return None
+    floor = 1e-6 * max(entropies)
+    y = [math.log(max(value, floor)) for value in entropies]
     x = [at - sum(rollouts) / n for at in rollouts]
-    square = sum(value * value for value in x)
-    slope = sum(a * (y - mean) for a, y in zip(x, entropies, strict=True)) / square
-    rest = [y - mean - slope * a for a, y in zip(x, entropies, strict=True)]
-    residual = sum(value * value for value in rest)
-    lag = sum(a * b for a, b in zip(rest, rest[1:], strict=False)) / residual if residual > 1e-24 * mean * mean else 0.0
-    effective = min(float(n), max(3.0, n * (1 - lag) / (1 + lag)))
-    error = math.sqrt(residual / (effective - 2) / square)
-    quantile = T_975[min(round(effective) - 2, len(T_975)) - 1]
-    percent = 100 / mean
-    return Trend(percent * slope, percent * (slope - quantile * error), percent * (slope + quantile * error), n)
+    # Orthogonal polynomials, also where rollouts are missing.
+    spread = sum(a * a for a in x)
+    skew = sum(a**3 for a in x) / spread
+    curve = [a * a - spread / n - skew * a for a in x]
+    mean, slope = sum(y) / n, _dot(x, y) / spread
+    bend = _dot(curve, y) / _dot(curve, curve)
+    rest = [value - mean - slope * a - bend * c for a, c, value in zip(x, curve, y, strict=True)]
+    left = _dot(rest, rest)
+    lag = sum(a * b for a, b in pairwise(rest)) / left if left > 1e-20 else 0.0
+    effective = min(float(n), max(4.0, n * (1 - lag) / (1 + lag)))
+    error = T_975[min(round(effective) - 3, len(T_975)) - 1] * math.sqrt(left / (effective - 3) / spread)
+    middle, low, high = (100 * math.expm1(value) for value in (slope, slope - error, slope + error))
+    return Trend(middle, low, high, n)
 
 
-def pull_words(reward: float, clip_low: float, clip_high: float, direction: int) -> str:
-    """Who pulls which way, as shares of the downward (direction -1, or 0 with a net pull down) or the upward pull."""
-    terms = {"clip-high": clip_high, "the reward": reward, "clip-low": clip_low}
-    gross, total = sum(map(abs, terms.values())), sum(terms.values())
-    if gross == 0:
-        return "the ledger's terms are all 0: nothing pulls"
-    if abs(total) < CANCELLED * gross:
-        ups = ", ".join(f"{name} {_percent(value / gross)}" for name, value in _largest(terms) if value > 0)
-        downs = ", ".join(f"{name} {_percent(-value / gross)}" for name, value in _largest(terms) if value < 0)
-        return f"the pulls cancel (net {_percent(abs(total) / gross)} of all pull): up {ups}; down {downs}"
-    side = (1 if total > 0 else -1) if direction == 0 else direction
-    whole = sum(value * side for value in terms.values() if value * side > 0)
-    if whole == 0:
-        return f"nothing in the ledger pulls {_way(side)}"
-    with_it = [f"{name} {_percent(value * side / whole)}" for name, value in _largest(terms) if value * side > 0]
+def _dot(a: Sequence[float], b: Sequence[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def pull_words(pull: Mapping[str, float]) -> str:
+    """Who pulls at entropy, as shares of all that pulls the way of the net pull."""
+    terms = sorted(pull.items(), key=lambda pair: -abs(pair[1]))
+    if cancels(pull):
+        gross = sum(map(abs, pull.values())) or 1.0
+        ups, downs = (
+            ", ".join(f"{name} {_percent(abs(value) / gross)}" for name, value in terms if value * side > 0)
+            or "nothing"
+            for side in (1, -1)
+        )
+        return f"the pulls cancel (net {_percent(abs(sum(pull.values())) / gross)} of all pull): up {ups}; down {downs}"
+    side = math.copysign(1, sum(pull.values()))
+    whole = sum(value * side for value in pull.values() if value * side > 0)
+    (first, most), *others = [(name, value * side / whole) for name, value in terms if value * side > 0]
+    shares = [f"{first} is {_percent(most)}", *(f"{name} {_percent(share)}" for name, share in others)]
     back = "gives back" if side < 0 else "takes back"
-    against = [
-        f"{name} {back} {_percent(-value * side / whole)}" for name, value in _largest(terms) if value * side < 0
-    ]
-    return f"of the {_way(side)}ward pull {', '.join([*with_it, *against])}"
+    shares += [f"{name} {back} {_percent(-value * side / whole)}" for name, value in terms if value * side < 0]
+    return f"of the {_way(side)}ward pull {', '.join(shares)}"
 
 
-def what_if_words(reward: float, clip_low: float, clip_high: float) -> str:
+def what_if_words(pull: Mapping[str, float]) -> str:
     """What the net pull would be, to first order and on the same ratios, without the clip that adds most to it."""
-    total = reward + clip_low + clip_high
-    name, term = max(
-        (("clip-low", clip_low), ("clip-high", clip_high)), key=lambda pair: pair[1] * math.copysign(1, total)
-    )
-    if total == 0 or term * total <= 0 or abs(total) < CANCELLED * (abs(reward) + abs(clip_low) + abs(clip_high)):
+    total = sum(pull.values())
+    name, term = max(((name, pull[name]) for name in PULLS[1:]), key=lambda pair: pair[1] * total)
+    if term * total <= 0 or cancels(pull):
         return ""
     left = (total - term) / total
     if left < 0:
-        return f"what-if: without {name} the pull would turn {_way(-1 if total > 0 else 1)} ({-left:.1f} of it)"
+        return f"what-if: without {name} the pull would turn {_way(-total)} ({-left:.1f} of it)"
     return f"what-if: without {name} the pull would be {left:.1f} of it"
+
+
+def cancels(pull: Mapping[str, float]) -> bool:
+    """Whether what is left of all that pulls is too little to have a direction."""
+    return abs(sum(pull.values())) <= CANCELLED * sum(map(abs, pull.values()))
 
 
 def _ending(facts: Facts) -> str:
@@ -148,32 +161,31 @@ def _trend_words(known: Sequence[tuple[int, float]], trend: Trend | None) -> str
         return f"one rollout, entropy {now:.3g} nat: no trend yet"
     if trend is None:
         return f"{len(known)} rollouts: too few for a trend, {level}" if now > 0 else "entropy is 0"
-    spread = f"95 %: {trend.low:+.2g} to {trend.high:+.2g}, last {trend.rollouts} rollouts"
+    spread = f"95 %: {_signed(trend.low)} to {_signed(trend.high)}, last {trend.rollouts} rollouts"
     if trend.direction == 0:
-        return f"entropy holds ({trend.slope:+.2g} % a rollout, {spread}), {level}"
+        return f"entropy holds ({_signed(trend.slope)} % a rollout, {spread}), {level}"
     return (
         f"entropy {'falls' if trend.direction < 0 else 'rises'} {abs(trend.slope):.2g} % a rollout ({spread}), {level}"
     )
 
 
 def _reason(facts: Facts, trend: Trend | None) -> list[str]:
-    if facts.reward is None or facts.clip_low is None or facts.clip_high is None:
-        return ["no ledger: who pulls is not known"] if facts.entropy else []
-    terms = (facts.reward, facts.clip_low, facts.clip_high)
-    direction = trend.direction if trend is not None else 0
-    total = sum(terms)
-    which = "ledger: policy gradient, own-state part, shares"
+    if not facts.pull:
+        return ["no ledger: who pulls is not known"] if any(value is not None for value in facts.entropy) else []
+    which = LEDGER
     if facts.probed:
         which += f"; its sign was that of the observed change in {facts.agreed} of {facts.probed} probed updates"
+    total = sum(facts.pull.values())
+    words = [pull_words(facts.pull)] if any(facts.pull.values()) else ["nothing pulls: all terms are 0"]
     if not facts.clipped:
-        way = "" if total == 0 else f" {_way(1 if total > 0 else -1)}"
-        return [f"nothing was clipped: the pull{way} is the reward's alone ({which})"]
-    words = [pull_words(*terms, direction)]
-    if direction and total * direction < 0 and abs(total) >= CANCELLED * sum(map(abs, terms)):
-        words.append(f"yet its net pull is {_way(-direction)}: what moves entropy is not in the own-state part")
-    else:
-        words.append(what_if_words(*terms))
-    return [*filter(None, words), f"({which})"]
+        words.insert(0, "nothing was clipped")
+    direction = trend.direction if trend is not None else 0
+    if direction * total < 0 and not cancels(facts.pull):
+        moved = "rises" if direction > 0 else "falls"
+        words.append(f"yet entropy {moved}: what moves it is not in this ledger")
+    elif facts.clipped:
+        words.append(what_if_words(facts.pull))
+    return [f"{'; '.join(filter(None, words))} ({which})"]
 
 
 def _moved(facts: Facts) -> str:
@@ -184,13 +196,13 @@ def _moved(facts: Facts) -> str:
     return f"{' and '.join(moved)} (controller)" if moved else ""
 
 
-def _largest(terms: dict[str, float]) -> list[tuple[str, float]]:
-    return sorted(terms.items(), key=lambda pair: -abs(pair[1]))
+def _signed(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2g}"
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _way(side: int) -> str:
+def _way(side: float) -> str:
     return "up" if side > 0 else "down"

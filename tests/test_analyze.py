@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from test_store import SPEC, rollout_row, samples, tables, update_rows, write
 
-from clipctl.analyze import LAST
 from clipctl.analyze import analyze as answer
 from clipctl.errors import SpecError
 from clipctl.formats import safe_text
 from clipctl.journal import create_run
+from clipctl.overview import LAST
 
 HOSTILE = "[/INST] [bold]x[/bold] \x1b[31mred\x1b]52;c;aGk=\x07 \x9b2J \u202egnirts \x00 :smile: \\[a] \r end"
 
@@ -106,7 +106,7 @@ def test_a_damaged_run_is_named_and_the_others_stay(runs: Path) -> None:
 
 
 def test_wrong_use_is_refused(runs: Path, tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="--format: 'xml' is not one of table, json, csv"):
+    with pytest.raises(SpecError, match="--format: 'xml' is not one of table, json, csv, parquet, md"):
         analyze([runs], None, "xml", False)
     (tmp_path / "empty").mkdir()
     with pytest.raises(SpecError, match="no runs under"):
