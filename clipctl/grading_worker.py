@@ -82,16 +82,31 @@ def serve(fd: int, parent: int, workers: int, timeout: int) -> None:
             _end(worker)
 
 
+WARMING = (
+    (r"\frac{1}{2}+x^{2}", r"x^2+\frac{\sqrt{4}}{4}"),
+    (r"x^2+x", r"x(1+x)"),
+    (r"\frac{1}{x+1}", r"\frac{x-1}{x^2-1}"),
+    (r"\sin x", r"\cos x"),
+    (r"(1,2]", r"[1, 2)"),
+    (r"\{1,\log_2 8\}", r"\{3,1\}"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\3\end{pmatrix}"),
+    (r"2+3i", r"e^{2}"),
+    (r"y=2x+1", r"y-2x=1"),
+)
+
+
 def _warm_up() -> None:
-    """Imports Math-Verify and runs it once, so that every fork starts with its parser tables built."""
+    """Imports Math-Verify and runs it on formulas of many kinds, so that every fork has its parser tables and sympy's
+    lazy parts: the first formula to be simplified takes 15 times longer than the next."""
     import logging
 
     from clipctl.formulas import answer_request
 
     logging.disable(logging.CRITICAL)
-    golds = (("\\frac{1}{2}+x^{2}", "boxed", "x^2+\\frac{\\sqrt{4}}{4}"), ("(1,2]", "tail", "so it is $[1, 2)$ or 5"))
-    for gold, form, text in golds:
-        answer_request(["grade", answer_request(["parse", gold]), form, text])
+    for gold, answer in WARMING:
+        parsed = answer_request(["parse", gold])
+        answer_request(["grade", parsed, "boxed", answer])
+        answer_request(["grade", parsed, "tail", f"so it is ${answer}$ or 5"])
     gc.collect()
     gc.freeze()
 
