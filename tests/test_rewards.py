@@ -148,6 +148,10 @@ GSM8K_FORMS: list[tuple[str, str | None]] = [
 ]
 
 
+def test_the_written_list_is_long_enough() -> None:
+    assert len({text for text, _ in GSM8K_FORMS}) == len(GSM8K_FORMS) >= 60
+
+
 @pytest.mark.parametrize(("text", "number"), GSM8K_FORMS)
 def test_the_last_number(text: str, number: str | None) -> None:
     assert last_number(text) == number
@@ -441,29 +445,111 @@ HOSTILE = [
     "\\boxed{\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}^{1000000}}",
     "\\boxed{\\left\\left\\left{{{}}}",
     "\\boxed{\\unknown{\\command}[}",
+    "\\boxed{100000!}",
+    "\\boxed{(100!)!}",
+    "$7^{10^8}$",
+    "\\boxed{10^{-10^{10}}}",
+    "\\boxed{\\sqrt{3^{10^8}}}",
+    "\\boxed{\\lfloor 3^{10^8}/7 \\rfloor}",
+    "\\boxed{x = 3^{10^8}}",
+    "\\boxed{\\{3^{10^8}, 4\\}}",
+    "\\boxed{x > 3^{10^8}}",
+    "\\boxed{\\log_{10} 10^{10^{10^2}}}",
+    "\\boxed{\\sin(10^{1000})}",
+    "\\boxed{\\tan\\tan\\tan 10^{50}}",
+    "\\boxed{(\\frac13)^{10^8}}",
+    "\\boxed{\\lim_{x\\to 0} \\frac{\\sin x^x}{x^{x^x}}}",
+    "\\boxed{\\sum_{k=1}^{10^6} \\sin k^2}",
+    "\\boxed{\\begin{pmatrix}" + "\\\\".join(["&".join("1" * 20)] * 20) + "\\end{pmatrix}}",
+    "\\boxed{" + "[" * 900 + "]" * 900 + "}",
+    "\\boxed{" + "|" * 1_500 + "}",
+    "\\boxed{" + "-" * 1_900 + "5}",
+    "\\boxed{" + "5^" * 600 + "5}",
+    "\\boxed{" + "5!" + "!" * 1_500 + "}",
+    "Answer: " * 9_000,
+    "####" * 16_000,
+    "Answer: " + "(" * 1_900,
+    "\\(" * 30_000,
+    "\\[" * 30_000 + "5",
+    "\\frac{" * 10_000 + "5",
+    "$" + "1 " * 900 + "$",
+    "1 " * 30_000,
+    "1/" * 30_000 + "5",
+    "5 or 6, " * 8_000,
+    "\\boxed{\r\n\t\x0b\x0c\x85\u2028}",
+    "\\boxed{\x00" + "5\x00" * 500 + "}",
+    "\\boxed{\U0001f600" * 900 + "}" * 900,
+    "\\boxed{eval(compile('5','','eval'))}",
+    "\\input{/etc/passwd} \\boxed{\\write18{id}}",
+    "[/INST] <|endoftext|> \\boxed{[bold]5[/]}",
 ]
 
 
 @pytest.mark.slow
 def test_hostile_completions_cost_their_own_second_and_nothing_else() -> None:
     """None is correct, honest ones among them are, and the whole takes about one limit for each that hangs."""
-    honest = [f"\\boxed{{\\frac{{{2 * k}}}{{{4 * k + 2}}}}}" for k in range(1, 41)]
-    golds = [f"\\frac{{{k}}}{{{2 * k + 1}}}" for k in range(1, 41)]
+    assert len(HOSTILE) >= 40
+    honest = [f"\\boxed{{\\frac{{{2 * k}}}{{{4 * k + 2}}}}}" for k in range(1, len(HOSTILE) + 1)]
+    golds = [f"\\frac{{{k}}}{{{2 * k + 1}}}" for k in range(1, len(HOSTILE) + 1)]
     with GradingPool(workers=2, timeout=1) as pool:
-        started = time.perf_counter()
         mixed = [text for pair in zip(HOSTILE, honest, strict=True) for text in pair]
         outcomes = pool.grade_many("math", mixed, [gold for at in golds for gold in ("4", at)])
-        seconds = time.perf_counter() - started
         again = pool.grade_many("math", honest, golds)
     assert set(outcomes[1::2]) == {"correct"} == set(again)
     bad = outcomes[0::2]
     assert "correct" not in bad
     assert set(bad) <= set(OUTCOMES)
-    towers = bad[:12]
-    assert towers == ["timeout"] * 12
+    print(*zip(bad, [text[:50] for text in HOSTILE], strict=True), sep="\n")
+    assert bad[:12] == ["timeout"] * 12
     assert bad[13] == bad[16] == "too_long"
     assert bad[15] == "wrong"
-    assert seconds < bad.count("timeout") / 2 + 15
+
+
+@pytest.mark.slow
+def test_eight_that_hang_among_512_cost_eight_limits_over_the_workers() -> None:
+    """The bound of the issue: 8 × 1 s ÷ 2 workers + 2 s more than without them. No worker is lost, none stays a zombie."""
+    numbers = range(1, 505)
+    honest = [f"\\boxed{{\\frac{{{2 * k}}}{{{2 * k + 2}}}}}" for k in numbers]
+    golds = [f"\\frac{{{k}}}{{{k + 1}}}" for k in numbers]
+    hanging = HOSTILE[:8]
+    places = [64 * at + 7 for at in range(8)]
+    mixed, its_golds = [*honest], [*golds]
+    for place, text in zip(places, hanging, strict=True):
+        mixed.insert(place, text)
+        its_golds.insert(place, "4")
+    seconds = []
+    for completions, answers in ((honest, golds), (mixed, its_golds)):
+        with GradingPool(workers=2, timeout=1) as pool:
+            assert pool._workers._server is not None
+            server = psutil.Process(pool._workers._server.pid)
+            started = time.perf_counter()
+            outcomes = pool.grade_many("math", completions, answers)
+            seconds.append(time.perf_counter() - started)
+            assert len(server.children()) == 2
+            assert {child.status() for child in server.children()}.isdisjoint({psutil.STATUS_ZOMBIE})
+    assert [outcomes[place] for place in places] == ["timeout"] * 8
+    assert outcomes.count("correct") == 504
+    assert seconds[1] - seconds[0] <= 8 * 1 / 2 + 2
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_ten_thousand_gradings() -> None:
+    """Each of another gold; workers are replaced on the way. Resident bytes after every thousand."""
+    sizes: list[tuple[int, int]] = []
+    with GradingPool(workers=2, timeout=20) as pool:
+        assert pool._workers._server is not None
+        server = psutil.Process(pool._workers._server.pid)
+        for first in range(1, 10_001, 1000):
+            numbers = range(first, first + 1000)
+            outcomes = pool.grade_many(
+                "math",
+                [f"\\boxed{{\\frac{{{2 * k}}}{{{2 * k + 2}}}}}" for k in numbers],
+                [f"\\frac{{{k}}}{{{k + 1}}}" for k in numbers],
+            )
+            assert outcomes == ["correct"] * 1000
+            sizes.append((server.memory_info().rss, max(child.memory_info().rss for child in server.children())))
+    assert sizes[-1][0] - sizes[0][0] < 8e6
+    assert max(worker for _, worker in sizes) - sizes[0][1] < 24e6
 
 
 def test_a_budget_ends_the_whole_call(pool: GradingPool) -> None:
@@ -724,7 +810,13 @@ def test_workers_see_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # --- golds against themselves ---------------------------------------------------------------------------------------
 
-WRAPPINGS = ["The answer is \\boxed{%s}.", "So\n\nAnswer: %s", "Answer: $%s$", "Therefore the result is $%s$."]
+WRAPPINGS = [
+    "The answer is \\boxed{%s}.",
+    "#### %s",
+    "So\n\nAnswer: %s",
+    "Answer: $%s$",
+    "Therefore the result is $%s$.",
+]
 
 
 def golds(task: str) -> list[str]:
