@@ -320,7 +320,7 @@ def events_chart(runs: Runs, options: Options) -> Panels:
 
 def _series(runs: Runs, arms: Sequence[Arm], query: str, metrics: Sequence[str], view: str, what: str) -> Rows:
     rows = averaged(runs, arms, query, metrics)
-    if not rows:
+    if all(row[name] is None for row in rows for name in metrics):
         raise SpecError(f"--view {view}: none of these runs has {what}")
     return rows
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clipctl.plots import COLORS, GREY, Legend, series_scales, shortened
+from clipctl.plots import COLORS, GREY, Legend, series_scales, short_names
 
 MOST_POINTS = 300
 """Of a series: more than a panel has pixels for helps nobody."""
@@ -44,18 +44,11 @@ def lines(
     span = [row["x"] for row in values]
     x_scale = alt.Scale(type="log", base=2) if log_x else alt.Scale(nice=False, zero=False, padding=6)
     y_scale = alt.Scale(type="log") if log_y else alt.Scale(zero=bounds is not None)
-    whole = all(float(value).is_integer() for value in span)
-    x_axis = alt.Axis(
-        title=x_title,
-        format="d" if whole else "",
-        tickCount=min(6, max(1, len(set(span)))),
-        tickMinStep=1 if whole else 0,
-    )
-    if log_x:
-        x_axis = alt.Axis(title=x_title, format="d", values=sorted(set(span)))
+    x_axis = alt.Axis(title=x_title, format="~g", values=sorted(set(span)) if log_x else _whole_ticks(span))
     y_axis = alt.Axis(title=y_title, tickCount=5)
     if log_y:
-        y_axis = alt.Axis(title=y_title, values=_powers_of_ten([row["y"] for row in values if row["y"]]), format="~g")
+        powers = _powers_of_ten([row["y"] for row in values if row["y"]])
+        y_axis = alt.Axis(title=y_title, format="~g", **({"values": powers} if len(powers) > 2 else {"tickCount": 4}))
     base = alt.Chart(data(values)).encode(x=alt.X("x:Q", scale=x_scale, axis=x_axis))
     y_code = alt.Y("y:Q", scale=y_scale, axis=y_axis)
     layers = []
@@ -202,9 +195,10 @@ def dots(rows: Sequence[Mapping[str, Any]], *, value: str, x_title: str, title: 
     """A panel of one dot with its interval for each group, the groups in their order."""
     import altair as alt
 
+    names_by = short_names([row["group"] for row in rows])
     values = [
         {
-            "group": shortened(row["group"]), "value": rounded(row[value]), "low": rounded(row[f"{value}_low"]),
+            "group": names_by[row["group"]], "value": rounded(row[value]), "low": rounded(row[f"{value}_low"]),
             "high": rounded(row[f"{value}_high"]), "runs": row["runs"],
         }
         for row in rows
@@ -247,7 +241,7 @@ def sample_bars(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
             "sample": row["sample"],
             "entropy": rounded(row["entropy"]),
             "reward": REWARDED[1 + (advantage > 0) - (advantage < 0)],
-            "text": f"  {row['tokens']} tokens" + _clipped(row),
+            "text": f"{row['tokens']} tokens" + _clipped(row),
         }
         for row in rows
         for advantage in [row["advantage"] or 0.0]
@@ -260,7 +254,7 @@ def sample_bars(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
     bars = base.mark_bar(height=12).encode(
         color=alt.Color("reward:N", scale=scale, legend=alt.Legend(title="reward", orient="bottom"))
     )
-    words = base.mark_text(align="left", fontSize=10).encode(text="text:N")
+    words = base.mark_text(align="left", dx=5, fontSize=10).encode(text="text:N")
     return alt.layer(bars, words).properties(width=2 * PANEL["width"], height=20 * len(values), title=heading(title))
 
 
@@ -310,8 +304,9 @@ def timeline(rows: Sequence[Mapping[str, Any]]) -> Any:
     """A panel of one row a run and a mark for each event, by minutes since the run's start."""
     import altair as alt
 
+    names_by = short_names([*dict.fromkeys(row["run"] for row in rows)])
     values = [
-        {"run": shortened(row["run"]), "minutes": rounded(row["seconds"] / 60), "kind": row["kind"], "rollout": row["rollout"],
+        {"run": names_by[row["run"]], "minutes": rounded(row["seconds"] / 60), "kind": row["kind"], "rollout": row["rollout"],
          "message": row["message"]}
         for row in rows
     ]  # fmt: skip
@@ -331,6 +326,13 @@ def timeline(rows: Sequence[Mapping[str, Any]]) -> Any:
         )
         .properties(width=2 * PANEL["width"], height=max(40, 24 * len(names)))
     )
+
+
+def _whole_ticks(values: Sequence[float]) -> list[int]:
+    """At most seven whole numbers from the least to the largest value, at a step of 1, 2 or 5 times a power of ten."""
+    first, last = (math.floor(min(values)), math.ceil(max(values))) if values else (0, 1)
+    step = next(base * 10**power for power in range(12) for base in (1, 2, 5) if (last - first) < 7 * base * 10**power)
+    return list(range(-(-first // step) * step, last + 1, step)) or [first]
 
 
 def _powers_of_ten(values: Sequence[float]) -> list[float]:
@@ -355,7 +357,9 @@ def _line_values(
         step = max(1, len(kept) // MARKERS)
         for at, row in enumerate(kept):
             named = legend.labels[name] != legend.rest
-            marked = len(kept) <= 2 * MARKERS or (at + place * step // max(1, len(ordered))) % step == 0
+            beside = [kept[near][y] for near in (at - 1, at + 1) if 0 <= near < len(kept)]
+            alone = all(value is None for value in beside)
+            marked = alone or len(kept) <= 2 * MARKERS or (at + place * step // max(1, len(ordered))) % step == 0
             values.append(
                 {
                     "series": name,

@@ -83,17 +83,34 @@ def legend_of(last: Mapping[str, float | None]) -> Legend:
     and lowest, the others together."""
     names = list(last)
     if len(names) <= MOST_NAMED:
-        return Legend({name: shortened(name) for name in names}, None)
+        return Legend(short_names(names), None)
     ordered = sorted(names, key=lambda name: (value if (value := last[name]) is not None else 0.0, name))
     half = (MOST_NAMED - 1) // 2
-    named = {*ordered[:half], *ordered[-half:]}
-    rest = f"{len(names) - len(named)} others, between them"
-    kept = {name: shortened(name) for name in names if name in named}
-    return Legend(kept | {name: rest for name in names if name not in named}, rest)
+    ends = {*ordered[:half], *ordered[-half:]}
+    rest = f"{len(names) - len(ends)} others, between them"
+    kept = short_names([name for name in names if name in ends])
+    return Legend(kept | {name: rest for name in names if name not in ends}, rest)
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Names that fit, by name: where one is too long, without what all begin with, and then without its middle; whole where
+    two would be one."""
+    if all(len(name) <= MOST_LETTERS for name in names):
+        return {name: name for name in names}
+    shared = _shared(names) if len(names) > 1 else 0
+    short = {name: shortened(f"…{name[shared:]}" if shared > 1 else name) for name in names}
+    return short if len(set(short.values())) == len(short) else {name: name for name in names}
+
+
+def _shared(names: Sequence[str]) -> int:
+    """Letters that all names begin with, up to a separator."""
+    least, most = min(names), max(names)
+    same = next((at for at, letter in enumerate(least) if letter != most[at : at + 1]), len(least))
+    return max(same - len(least[:same].split("-")[-1]), 0)
 
 
 def shortened(name: str) -> str:
-    """A long name without its middle: beginnings and ends tell runs apart."""
+    """A long name without its middle."""
     half = (MOST_LETTERS - 1) // 2
     return name if len(name) <= MOST_LETTERS else f"{name[:half]}…{name[-half:]}"
 

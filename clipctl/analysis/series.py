@@ -8,7 +8,7 @@ from clipctl.analysis.arms import Arm, arms_of, arms_sql, t_quantile
 from clipctl.store import Runs
 
 ENTROPY = ("entropy", "entropy_token_mean", "entropy_normalized")
-ENTROPY_SQL = f"select run_id, rollout, {', '.join(ENTROPY)} from rollouts where entropy is not null"
+ENTROPY_SQL = f"select run_id, rollout, {', '.join(ENTROPY)} from rollouts"
 
 FRACTIONS = {
     f"{kind}_percent{suffix}": (kind, denominator)
@@ -73,7 +73,8 @@ def entropy_view(runs: Runs, options: Options) -> Answer:
     """Entropy of every rollout by both definitions, and divided by that of rollout 0: of each run, then the means over
     runs that differ in their seed alone, with 95 % t intervals. nats."""
     rows = runs_and_means(runs, options.by, ENTROPY_SQL, ENTROPY)
-    notes = without(runs, [row["series"] for row in rows], "entropy", "entropies (no rollout has been scored)")
+    scored = [row["series"] for row in rows if row["entropy"] is not None]
+    notes = without(runs, scored, "entropy", "entropies (no rollout has been scored)")
     return Answer(as_arrow(rows), notes)
 
 
