@@ -49,6 +49,8 @@ def subtitle_of(view: str, runs: Runs, options: Options) -> list[str]:
     lines = [plots.shortened(arms[0].name)] if len(arms) == 1 else []
     if view in SUBTITLES and any(len(arm.runs) > 1 for arm in arms):
         lines.append(SUBTITLES[view])
+    if view == "samples" and len(runs.folders) > MOST_GROUPS:
+        lines.append(f"{MOST_GROUPS} of the runs; give fewer to see others")
     return lines
 
 

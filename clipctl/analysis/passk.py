@@ -5,6 +5,7 @@ temperature, and named so. Intervals of one run are BCa over problems; those of 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ with settings as (
     from evaluations
 )
 select coalesce(e.run_id, s.model) as series,
-    e.benchmark || case when several then printf(' T=%g p=%g', temperature, top_p) else '' end as benchmark,
+    e.benchmark || coalesce(case when several then printf(' T=%g p=%g', temperature, top_p) end, '') as benchmark,
     e.rollout, e.problem_id, count(*) as n, sum(e.correct::int) as c
 from evals as e join settings as s on e.eval_id = s.eval_id and e.benchmark = s.benchmark
     and e.rollout is not distinct from s.rollout
@@ -54,10 +55,7 @@ def counts_of(runs: Runs) -> dict[Key, Counts]:
     keys = list(zip(*(table[name].to_pylist() for name in ("series", "benchmark", "rollout")), strict=True))
     n_N, c_N = (table[name].to_numpy().astype(np.int64) for name in ("n", "c"))
     starts = [at for at in range(len(keys)) if at == 0 or keys[at] != keys[at - 1]]
-    return {
-        keys[start]: (n_N[start:stop], c_N[start:stop])
-        for start, stop in zip(starts, [*starts[1:], len(keys)], strict=True)
-    }
+    return {keys[start]: (n_N[start:stop], c_N[start:stop]) for start, stop in pairwise([*starts, len(keys)])}
 
 
 def passk_rows(runs: Runs, by: Sequence[str]) -> list[dict[str, Any]]:

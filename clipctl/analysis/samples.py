@@ -18,6 +18,7 @@ with groups as (
 )
 select run_id, rollout, position, prompt_id from groups
 qualify row_number() over (partition by run_id order by {newest} clipped desc, spread > 0 desc, position) = 1
+order by run_id
 """
 SAMPLES = """
 select s.run_id as run, s.rollout, s.prompt_id, s.position, s.sample, s.reward, s.outcome, s.advantage, s.entropy, s.tokens,
