@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from test_store import evals, evaluation, ledger_rows, rollout_row, tables, update_rows
+from typer.testing import CliRunner
 
 from clipctl.analysis import VIEWS_OF_ANALYZE, Options
 from clipctl.analysis.arms import arms_of, flat_spec, mean_and_interval, t_quantile, value_text
@@ -19,6 +20,7 @@ from clipctl.analysis.compare import LAST
 from clipctl.analysis.passk import OWN_GROUPS
 from clipctl.analysis.samples import marked_text, most_clipped
 from clipctl.charts import CHARTS, chart
+from clipctl.cli import app
 from clipctl.errors import SpecError
 from clipctl.journal import create_run
 from clipctl.plots import save_chart
@@ -433,3 +435,25 @@ def test_png_and_html_need_nothing_else(runs: Runs, tmp_path: Path) -> None:
     page = (tmp_path / "a.html").read_text()
     assert not re.search(r"<script[^>]*src=|<link ", page)
     assert "both (3 seeds)" in page
+
+
+def readme_commands() -> list[str]:
+    section = (Path(__file__).parents[1] / "README.md").read_text().split("## Views\n")[1].split("\n## ")[0]
+    table = re.findall(r"^\| `[a-z-]+` \|.*\| `clipctl (analyze [^`]*)` \|$", section, flags=re.MULTILINE)
+    figures = [line.split("#")[0] for line in re.findall(r"^    clipctl (analyze .*)$", section, flags=re.MULTILINE)]
+    assert len(table) == len(CHARTS)
+    assert len(figures) == 4
+    return [*table, *figures]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_the_examples_of_views_in_readme_run(
+    folder: Path, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(folder)
+    done = CliRunner().invoke(app, command.split())
+    assert done.exit_code == 0, done.output
+    assert done.stdout
+    if "--plot" in command:
+        assert (tmp_path / command.split("--plot ")[1].split()[0]).stat().st_size > 10_000

@@ -31,6 +31,23 @@ VIEWS_OF_ANALYZE: dict[str, View] = {
 """What `--view` takes besides the overview."""
 
 HEADINGS: dict[str, dict[str, str]] = {
+    "entropy": {
+        "entropy": "H",
+        "entropy_low": "H from",
+        "entropy_high": "to",
+        "entropy_token_mean": "over tokens",
+        "entropy_token_mean_low": "tokens from",
+        "entropy_token_mean_high": "tokens to",
+        "entropy_normalized": "H/first",
+        "entropy_normalized_low": "H/first from",
+        "entropy_normalized_high": "H/first to",
+    },
+    "compare": {
+        "mean_low": "from",
+        "mean_high": "to",
+        "difference_low": "diff. from",
+        "difference_high": "diff. to",
+    },
     "ledger": {
         "run_id": "run",
         "step": "ledger of",
