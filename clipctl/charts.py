@@ -130,7 +130,8 @@ def ledger_chart(runs: Runs, options: Options) -> Panels:
     arms = arms_of(runs, options.by)
     cumulated = [f"pg_{term}_cumulated" for term in TERMS]
     gaps = [f"gap{number}_{side}" for number in (7, 8) for side in ("low", "high")]
-    rows = _series(runs, arms, SERIES_SQL, [*cumulated, *gaps], "ledger", LEDGER_NEEDED)
+    holds = [gap.replace("gap", "holds") for gap in gaps]
+    rows = _series(runs, arms, SERIES_SQL, [*cumulated, *gaps, *holds], "ledger", LEDGER_NEEDED)
     legend = _legend(rows, "pg_total_cumulated")
     made = [
         _line(rows, legend, f"pg_{term}_cumulated", "share of the gross pull", f"{title}, cumulated", rule=0.0)
@@ -139,10 +140,14 @@ def ledger_chart(runs: Runs, options: Options) -> Panels:
     names = {
         "gap7_low": ("E[Q] − E[Q|X], nats", "(7) low: clip-low raises entropy where ≥ 0"),
         "gap7_high": ("E[Q] − E[Q|Y], nats", "(7) high: clip-high lowers entropy where ≥ 0"),
-        "gap8_low": ("E[−log π|X] − H, nats", "(8) low"),
-        "gap8_high": ("E[−log π|Y] − H, nats", "(8) high"),
+        "gap8_low": ("E[−log π|X] − H, nats", "(8) low: the same for a natural step"),
+        "gap8_high": ("E[−log π|Y] − H, nats", "(8) high: the same for a natural step"),
     }
-    made += [_line(rows, legend, gap, y_title, title, rule=0.0) for gap, (y_title, title) in names.items()]
+    for gap, (y_title, title) in names.items():
+        made.append(_line(rows, legend, gap, y_title, title, rule=0.0))
+    for gap in gaps:
+        title = f"({gap[3]}) {gap[5:]} holds"
+        made.append(_line(rows, legend, gap.replace("gap", "holds"), "share of the updates", title, bounds=SHARE))
     return made + _prediction_panels(runs, arms, legend)
 
 

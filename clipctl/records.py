@@ -256,6 +256,7 @@ def rollout_tables(
         "histograms": histogram_columns(updates),
         "probes": probe_columns(updates),
         "samples": {name: values for name, values in samples.items() if name != "text"},
+        "questions": question_columns(sampled) if spec.store.texts else None,
         "texts": texts if spec.store.texts else None,
         "tokens": token_columns(trained, old, clips_2T, spec.store.tokens, token_texts),
     }
@@ -280,6 +281,16 @@ def rollout_facts(rollout: int, row: Mapping[str, Any], updates: Sequence[Update
 
 def _by_column(rows: Sequence[Mapping[str, Any]]) -> Columns:
     return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+
+
+def question_columns(sampled: Sequence[Group]) -> Columns:
+    """The `questions` rows, by column: what was asked, as the task words it, and the answer that it knows."""
+    return {
+        "position": [group.prompt.key.position for group in sampled],
+        "prompt_id": [group.problem.id for group in sampled],
+        "question": [group.problem.question for group in sampled],
+        "answer": [group.problem.answer for group in sampled],
+    }
 
 
 def sample_columns(

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 3
 """2: the ledger (columns of updates; histograms, probes, noise). 3: evaluations; clip counts of samples and tokens, the
-text of tokens, the time of a rollout. What an earlier version has not is NULL or empty."""
+text of tokens, questions, the time of a rollout. What an earlier version has not is NULL or empty."""
 
 TERMS = ("pg_reward", "pg_clip_low", "pg_clip_high", "npg_reward", "npg_clip_low", "npg_clip_high")
 
@@ -120,6 +120,13 @@ TABLES: dict[str, dict[str, str]] = {
         "clip_low": "int32",
         "clip_high": "int32",
     },
+    "questions": {
+        "rollout": "int64",
+        "position": "int64",
+        "prompt_id": "string",
+        "question": "string",
+        "answer": "string",
+    },
     "texts": {"rollout": "int64", "position": "int64", "sample": "int32", "text": "string"},
     "tokens": {
         "rollout": "int64",
@@ -187,7 +194,7 @@ TABLES: dict[str, dict[str, str]] = {
 FOLDED = ("rollouts", "updates", "samples", "probes", "noise", "events", "evaluations", "evals")
 """Tables that move into metrics.duckdb."""
 
-SHARDS = ("texts", "tokens", "histograms", "eval_texts")
+SHARDS = ("questions", "texts", "tokens", "histograms", "eval_texts")
 """Tables that stay Parquet shards, read when a query asks for them."""
 
 BY_ITSELF = ("events", "evaluations", "evals", "eval_texts")

@@ -140,6 +140,7 @@ VIEWS: dict[str, str] = {
         ]
     ),
     "noise": f"create view noise as select * from {_current('noise')}",
+    "questions": f"create view questions as select * from {_current('questions')}",
     "texts": f"create view texts as select * from {_current('texts')}",
     "samples": f"""create view samples as select s.*, x.text from {_current("samples")} as s
         left join raw_texts as x using (run_id, attempt, rollout, position, sample)""",

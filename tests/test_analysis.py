@@ -65,8 +65,12 @@ def make_run(folder: Path, name: str, seed: int, changes: dict[str, Any], rollou
             "sampler_logprob": [-1.0] * 4, "advantage": [-1.0, -1.0, 1.0, 1.0], "clip_low": [0, 1, 0, 0],
             "clip_high": [0, 0, 1, 1], "text": ["a", " b", "a", None],
         }  # fmt: skip
+        asked = {
+            "position": [3 * rollout + at for at in range(3)], "prompt_id": ["p0", "p1", "p2"],
+            "question": [f"{at} + 1?" for at in range(3)], "answer": ["1", "2", "3"],
+        }  # fmt: skip
         ledger = {table: ledger_rows(table, number + rollout) for table in ("histograms", "probes")}
-        writer.write_rollout(rollout, row, tables(updates, sampled, tokens=kept, **ledger))
+        writer.write_rollout(rollout, row, tables(updates, sampled, tokens=kept, questions=asked, **ledger))
     writer.event("alarm", "collapse: \x1b[31mhere", rollout=1)
     if not name.startswith("bare"):
         for at, rollout in enumerate((0, rollouts)):
@@ -264,6 +268,16 @@ def test_passk_of_own_groups_says_so(runs: Runs, folder: Path) -> None:
         assert row.pass_at_k == close(np.mean([pass_at_k(GROUP, int(c), k) for c in mine]))
 
 
+def test_own_groups_have_intervals_at_both_ends_of_a_run(tmp_path: Path) -> None:
+    make_run(tmp_path, "bare", 1, {}, rollouts=3)
+    with open_runs(tmp_path) as runs:
+        found = view(runs, "passk")
+    assert found[found.rollout == 1].k.tolist() == [1, 4]
+    assert found[found.rollout == 1].pass_at_k_low.isna().all()
+    assert found[found.rollout == 2].k.tolist() == [1, 2, 4]
+    assert (found[found.rollout != 1].interval == "BCa over problems").all()
+
+
 def test_two_settings_of_one_benchmark_are_two(tmp_path: Path) -> None:
     make_run(tmp_path, "bare", 1, {}, rollouts=1)
     for at, temperature in enumerate((0.6, 1.0)):
@@ -342,6 +356,7 @@ def test_samples(runs: Runs, folder: Path) -> None:
     for column in ("sample", "reward", "outcome", "advantage", "entropy", "tokens", "clip_low", "clip_high"):
         assert mine[column].tolist() == expected[column].tolist()
     assert mine.text.tolist() == [f"[/INST] {at}" for at in (4, 5, 6, 7)]
+    assert {*zip(mine.question, mine.answer, strict=True)} == {("1 + 1?", "2")}
     assert mine.most_clipped.tolist()[1:3] == ["1 ' b' low × 1", "1 '<9>' high × 1, 0 'a' high × 1"]
     assert mine.marked_text.tolist()[1:3] == ["a⟪ b⟫↓", "⟪a⟫↑⟪<9>⟫↑"]
     asked = view(runs, "samples", rollout=3, prompt="p0")

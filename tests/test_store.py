@@ -447,7 +447,7 @@ def test_only_one_select_over_the_runs_is_taken(writer: RunWriter, query: str) -
 def test_every_number_of_the_views_has_a_formula(writer: RunWriter) -> None:
     write(writer, 0)
     keys = {"run_id", "attempt", "rollout", "inner_step", "prompt_id", "position", "sample", "outcome", "text", "token",
-            "token_id", "time", "kind", "message", "data", "predictor", "source", "step",
+            "question", "token_id", "time", "kind", "message", "data", "predictor", "source", "step",
             "eval_id", "state", "model", "benchmark", "complete", "grader", "grader_version", "template", "template_hash",
             "chat_template_hash", "dataset_hash", "model_hash", "settings", "reused_from", "started_at", "path", "problem",
             "problem_id", "problem_hash", "answer"}  # fmt: skip

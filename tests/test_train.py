@@ -17,6 +17,7 @@ from clipctl import load_spec, open_runs
 from clipctl.errors import DataError, DivergedError, SpecError
 from clipctl.loss import PolicyLoss, UpdateTokens
 from clipctl.records import Update, token_clips
+from clipctl.tasks import load_problems
 from clipctl.train import Report, train
 
 SMALL = {
@@ -103,6 +104,17 @@ def test_the_texts_of_tokens_are_the_response(folder: Path) -> None:
     assert len(pairs) == 3 * 12 * 4
     # The end of the response is a token of its own and has a text.
     assert all(tokens.startswith(response) for tokens, response in pairs)
+
+
+def test_what_was_asked_is_stored(folder: Path) -> None:
+    asked = rows(folder, "select rollout, position, prompt_id, question, answer from questions order by all")
+    assert [row[:3] for row in asked] == rows(
+        folder, "select distinct rollout, position, prompt_id from samples order by all"
+    )
+    problems = {problem.id: problem for problem in load_problems(load_spec("tiny").data)}
+    assert all(
+        (problems[at].question, problems[at].answer) == (question, answer) for _, _, at, question, answer in asked
+    )
 
 
 def test_each_token_has_the_clips_of_its_own_updates() -> None:

@@ -64,28 +64,35 @@ def passk_rows(runs: Runs, by: Sequence[str]) -> list[dict[str, Any]]:
     rollouts: dict[tuple[str, str], set[int]] = {}
     for series, benchmark, rollout in counts:
         rollouts.setdefault((series, benchmark), set()).update(set() if rollout is None else {rollout})
-    single = {
-        (series, benchmark, rollout, k): _row(series, benchmark, rollout, k, n_P, c_P)
-        for (series, benchmark, rollout), (n_P, c_P) in counts.items()
-        for k in _ks(int(n_P.min()), benchmark, rollout, rollouts[series, benchmark])
-    }
+    single: dict[tuple[str, str, int | None, int], dict[str, Any]] = {}
+    for (series, benchmark, rollout), (n_P, c_P) in counts.items():
+        largest, whole = int(n_P.min()), _whole(benchmark, rollout, rollouts[series, benchmark])
+        for k in powers_of_two(largest) if whole else sorted({1, largest}):
+            single[series, benchmark, rollout, k] = _row(series, benchmark, rollout, k, n_P, c_P, interval=whole)
     means = (row for arm in arms_of(runs, by) if len(arm.runs) > 1 for row in _means(arm, single))
     return [*single.values(), *means]
 
 
-def _ks(largest: int, benchmark: str, rollout: int | None, rollouts: set[int]) -> list[int]:
-    """1, 2, 4, ... and the largest. Own groups are many: their whole curve is made at both ends of a run alone."""
-    whole = benchmark != OWN_GROUPS or rollout in (min(rollouts), max(rollouts))
-    return sorted({*(1 << bit for bit in range(largest.bit_length())), largest} if whole else {1, largest})
+def _whole(benchmark: str, rollout: int | None, rollouts: set[int]) -> bool:
+    """Whether all k and intervals are made: own groups are as many as rollouts, so only of the first and the last."""
+    return benchmark != OWN_GROUPS or rollout in (min(rollouts), max(rollouts))
 
 
-def _row(series: str, benchmark: str, rollout: int | None, k: int, n_P: np.ndarray, c_P: np.ndarray) -> dict[str, Any]:
-    found = mean_interval(pass_at_k_values(n_P, c_P, k), np.random.default_rng(0), resamples=RESAMPLES)
+def powers_of_two(largest: int) -> list[int]:
+    """1, 2, 4, ... and the largest k itself."""
+    return sorted({*(1 << bit for bit in range(largest.bit_length())), largest})
+
+
+def _row(
+    series: str, benchmark: str, rollout: int | None, k: int, n_P: np.ndarray, c_P: np.ndarray, *, interval: bool
+) -> dict[str, Any]:
+    value_P = pass_at_k_values(n_P, c_P, k)
+    found = mean_interval(value_P, np.random.default_rng(0), resamples=RESAMPLES) if interval else None
     return {
-        "series": series, "runs": 1, "benchmark": benchmark, "rollout": rollout, "k": k,
-        "problems": found.problems, "samples": int(n_P.min()), "pass_at_k": found.value,
-        "pass_at_k_low": found.low, "pass_at_k_high": found.high, "interval": "BCa over problems",
-        "unreliable": found.note,
+        "series": series, "runs": 1, "benchmark": benchmark, "rollout": rollout, "k": k, "problems": value_P.size,
+        "samples": int(n_P.min()), "pass_at_k": found.value if found else float(value_P.mean()),
+        "pass_at_k_low": found.low if found else None, "pass_at_k_high": found.high if found else None,
+        "interval": "BCa over problems" if found else None, "unreliable": found.note if found else None,
     }  # fmt: skip
 
 
@@ -104,7 +111,8 @@ def _means(arm: Arm, single: Mapping[tuple[str, str, int | None, int], dict[str,
 
 def passk_view(runs: Runs, options: Options) -> Answer:
     """pass@k of every evaluation for k = 1 (mean@k), 2, 4, ... up to the samples of a problem, with 95 % intervals; after
-    the runs the means over seeds. `unreliable` says why an interval is not to be relied on."""
+    the runs the means over seeds. `unreliable` says why an interval is not to be relied on. Own groups have intervals, and
+    every k, in a run's first and last rollout alone."""
     rows = passk_rows(runs, options.by)
     return Answer(as_arrow(rows), (*without(runs, [row["series"] for row in rows], "passk", NEEDED), *own_groups(rows)))
 

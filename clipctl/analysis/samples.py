@@ -22,8 +22,9 @@ order by run_id
 """
 SAMPLES = """
 select s.run_id as run, s.rollout, s.prompt_id, s.position, s.sample, s.reward, s.outcome, s.advantage, s.entropy, s.tokens,
-    s.truncated, s.clip_low, s.clip_high, s.text
+    s.truncated, s.clip_low, s.clip_high, q.question, q.answer, s.text
 from samples as s join {chosen} on s.run_id = c.run_id and s.rollout = c.rollout and s.position = c.position
+    left join questions as q on q.run_id = s.run_id and q.rollout = s.rollout and q.position = s.position
 order by run, s.sample
 """
 TOKENS = """
