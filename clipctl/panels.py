@@ -12,6 +12,8 @@ from clipctl.plots import COLORS, GREY, Legend, series_scales, short_names
 
 MOST_POINTS = 300
 """Of a series: more than a panel has pixels for helps nobody."""
+MOST_IN_PANEL = 9000
+"""Of all series of a panel together."""
 MARKERS = 7
 """Of a long line."""
 PANEL = {"width": 330, "height": 200}
@@ -79,7 +81,7 @@ def _labelled(rows: Sequence[Mapping[str, Any]], legend: Legend, *names: str) ->
             label = legend.labels[row["series"]]
             by_series.setdefault(row["series"], []).append({"series": row["series"], "label": label, **values})
     ordered = sorted(by_series, key=lambda name: legend.labels[name] != legend.rest)
-    return [row for name in ordered for row in thinned(by_series[name])]
+    return [row for name in ordered for row in thinned(by_series[name], len(by_series))]
 
 
 def scatter(
@@ -353,7 +355,7 @@ def _line_values(
     ordered = sorted(by_series, key=lambda name: legend.labels[name] != legend.rest)
     values = []
     for place, name in enumerate(ordered):
-        kept = thinned(by_series[name])
+        kept = thinned(by_series[name], len(by_series))
         step = max(1, len(kept) // MARKERS)
         for at, row in enumerate(kept):
             named = legend.labels[name] != legend.rest
@@ -374,9 +376,9 @@ def _line_values(
     return values
 
 
-def thinned(rows: Sequence[Any]) -> list[Any]:
-    """Every so many of the rows, the last one always, so that at most MOST_POINTS are left."""
-    stride = -(-len(rows) // MOST_POINTS)
+def thinned(rows: Sequence[Any], series: int) -> list[Any]:
+    """Every so many of the rows of one of a panel's series, the last one always."""
+    stride = -(-len(rows) // max(min(MOST_POINTS, MOST_IN_PANEL // series), 2))
     return [row for at, row in enumerate(rows) if (len(rows) - 1 - at) % stride == 0] if stride > 1 else list(rows)
 
 
@@ -392,8 +394,11 @@ def rounded(value: Any) -> float | None:
 def data(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Rows as a chart's own data."""
     import altair as alt
+    from altair.utils.schemapi import debug_mode
 
-    return alt.Data(values=list(rows))  # type: ignore[no-untyped-call]
+    # Checking every value of every row against a schema takes longer than drawing them.
+    with debug_mode(False):
+        return alt.Data(values=list(rows))  # type: ignore[no-untyped-call]
 
 
 def heading(title: str, subtitle: str = "") -> Any:
