@@ -45,6 +45,9 @@ def _shares(prefix: str, parts: Sequence[str], named: str) -> str:
     return ", ".join(f"sum({prefix}{part}) / nullif({gross}, 0) as {named}{part}" for part in parts)
 
 
+PREDICTORS = ("ledger_pg", "ledger_npg", "network_total")
+"""What predicts the change of entropy at a probed update."""
+
 VIEWS: dict[str, str] = {
     "rollouts": f"""create view rollouts as select
         run_id, attempt, rollout, time, prompts, responses, tokens,
@@ -105,40 +108,47 @@ VIEWS: dict[str, str] = {
         {", ".join(f"{kind}_{name}" for kind in ("exact", "sampled") for name in MASSES)},
         entropy_before_sum, entropy_after_sum
         from {_current("probes")} as p left join updates as u using (run_id, attempt, rollout, inner_step)""",
-    "predictions": "create view predictions as "
+    # The probes are read once for all three predictors, and rows are summed before anything is joined to them.
+    "predictions": f"""create view predictions as with found as materialized (
+        select run_id, {
+        ", ".join(
+            f'''count({name}) as {name}_probed,
+            avg((sign({name}) = sign(entropy_change))::int) filter ({name} is not null) as {name}_sign,
+            corr(entropy_change, {name}) as {name}_corr, regr_slope(entropy_change, {name}) as {name}_slope'''
+            for name in PREDICTORS
+        )
+    } from probes group by run_id) """
     + " union all ".join(
-        f"""select run_id, '{name}' as predictor, count({name}) as probed,
-        avg((sign({name}) = sign(entropy_change))::int) filter ({name} is not null) as sign_agreement,
-        case when isnan(corr(entropy_change, {name})) then null else corr(entropy_change, {name}) end as correlation,
-        case when isnan(regr_slope(entropy_change, {name})) then null else regr_slope(entropy_change, {name}) end as slope
-        from probes group by run_id having count({name}) > 0"""
-        for name in ("ledger_pg", "ledger_npg", "network_total")
+        f"""select run_id, '{name}' as predictor, {name}_probed as probed, {name}_sign as sign_agreement,
+        case when isnan({name}_corr) then null else {name}_corr end as correlation,
+        case when isnan({name}_slope) then null else {name}_slope end as slope
+        from found where {name}_probed > 0"""
+        for name in PREDICTORS
     ),
-    "ledger": "create view ledger as "
+    "ledger": "create view ledger as with predicted as materialized (select * from predictions), summed as ("
     + " union all ".join(
         [
-            f"""select run_id, '{step}' as step, count({name}_reward) as updates,
+            f"""select run_id, '{step}' as step, 'ledger_{name}' as predictor, count({name}_reward) as updates,
         {_shares(f"{name}_", ("reward", "clip_low", "clip_high"), "pull_")},
         null::double as pull_momentum, null::double as pull_decay,
         avg(({name}_clip_low > 0)::int) filter (clip_low > 0) as clip_low_up,
         avg(({name}_clip_high < 0)::int) filter (clip_high > 0) as clip_high_down,
         avg((x_{name} >= 0)::int) filter (x_mass > 0) as inequality_low,
-        avg((y_{name} >= 0)::int) filter (y_mass > 0) as inequality_high,
-        any_value(sign_agreement) as sign_agreement, any_value(correlation) as correlation, null::double as slope
-        from updates left join (select * from predictions where predictor = 'ledger_{name}') using (run_id)
-        group by run_id having count({name}_reward) > 0"""
+        avg((y_{name} >= 0)::int) filter (y_mass > 0) as inequality_high
+        from updates group by run_id having count({name}_reward) > 0"""
             for name, step in (("pg", "1 policy gradient"), ("npg", "2 natural gradient"))
         ]
         + [
-            f"""select run_id, '3 through the network', count(network_total),
+            f"""select run_id, '3 through the network', 'network_total', count(network_total),
         {_shares("network_", NETWORK[1:], "pull_")},
         avg((network_clip_low > 0)::int) filter (network_clip_low <> 0),
-        avg((network_clip_high < 0)::int) filter (network_clip_high <> 0), null, null,
-        any_value(sign_agreement), any_value(correlation), any_value(slope)
-        from probes left join (select * from predictions where predictor = 'network_total') using (run_id)
-        group by run_id having count(network_total) > 0"""
+        avg((network_clip_high < 0)::int) filter (network_clip_high <> 0), null, null
+        from probes group by run_id having count(network_total) > 0"""
         ]
-    ),
+    )
+    + """) select s.* exclude (predictor), sign_agreement, correlation,
+        case when s.predictor = 'network_total' then slope end as slope
+        from summed as s left join predicted as p on p.run_id = s.run_id and p.predictor = s.predictor""",
     "noise": f"create view noise as select * from {_current('noise')}",
     "questions": f"create view questions as select * from {_current('questions')}",
     "texts": f"create view texts as select * from {_current('texts')}",
