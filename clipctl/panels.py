@@ -12,7 +12,7 @@ from clipctl.plots import COLORS, GREY, Legend, series_scales, short_names
 
 MOST_POINTS = 300
 """Of a series: more than a panel has pixels for helps nobody."""
-MOST_IN_PANEL = 9000
+MOST_IN_PANEL = 4000
 """Of all series of a panel together."""
 MARKERS = 7
 """Of a long line."""

@@ -1,7 +1,6 @@
 """The ledger's views: who pulled at entropy in a run, as a summary or rollout by rollout."""
 
 from clipctl.analysis.answer import Answer, Options, without
-from clipctl.schema import NETWORK
 from clipctl.store import Runs
 
 PARTS = ("reward", "clip_low", "clip_high")
@@ -58,8 +57,13 @@ from gaps join shares using (run_id, rollout) left join ({PROBED}) using (run_id
 """
 """One row a run and rollout. Terms are shares of the run's gross pull Σ over the parts |sum of the part|; observed and
 predicted changes of entropy are summed over the rollout's probes, nats (through the network) or of no unit (ledger)."""
-PROBES_SQL = f"""select run_id, rollout, inner_step, entropy_change, ledger_pg, ledger_npg,
-    {", ".join(f"network_{name}" for name in NETWORK)} from probes order by run_id, rollout, inner_step"""
+PROBES_SQL = """
+select run_id, rollout, inner_step, entropy_change, ledger_pg, network_total from probes
+qualify (row_number() over (partition by run_id order by rollout, inner_step) - 1)
+    % greatest(count(*) over (partition by run_id) // 300, 1) = 0
+order by run_id, rollout, inner_step
+"""
+"""The probed updates of each run, of many every so many: what is drawn."""
 
 
 def ledger_view(runs: Runs, options: Options) -> Answer:
