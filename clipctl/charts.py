@@ -47,7 +47,7 @@ def subtitle_of(view: str, runs: Runs, options: Options) -> list[str]:
     """What the sheet shows: the run, where it is one, and what lines and bands are."""
     arms = arms_of(runs, options.by)
     lines = [plots.shortened(arms[0].name)] if len(arms) == 1 else []
-    if view in SUBTITLES and any(len(arm.runs) > 1 for arm in arms):
+    if view == "passk" or (view in SUBTITLES and any(len(arm.runs) > 1 for arm in arms)):
         lines.append(SUBTITLES[view])
     if view == "samples" and len(runs.folders) > MOST_GROUPS:
         lines.append(f"{MOST_GROUPS} of the runs; give fewer to see others")
@@ -399,10 +399,11 @@ TITLES = {
 }
 _BANDS = "lines: mean over runs; bands: 95 % interval of the mean (Student's t)"
 SUBTITLES = {
-    **dict.fromkeys(("overview", "entropy", "clip", "ledger", "passk"), _BANDS),
+    **dict.fromkeys(("overview", "entropy", "clip", "ledger"), _BANDS),
+    "passk": "bands: 95 % intervals, of a mean over runs by Student's t, of one run BCa over problems",
     "compare": "dots: mean over runs; bars: its 95 % interval (Student's t); differences are between pairs of runs",
     "frontier": "a path is the mean over runs",
 }
 """What is said where lines are means over runs."""
-COLUMNS = {"samples": 1, "events": 1}
+COLUMNS = {"passk": 3, "samples": 1, "events": 1}
 """Panels in a row, where they are not two."""
