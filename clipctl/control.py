@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clipctl.errors import SpecError
 from clipctl.spec import Control
 from clipctl.whatif import what_if
 
@@ -25,21 +26,21 @@ GRID = 121
 TOLERANCE = 0.1
 """Relative distance from the target that counts as holding it."""
 PATIENCE = 5
-"""Rollouts at a bound, away from the target, after which the controller says so."""
+"""Rollouts at the limit of what ε can do, away from the target, after which the controller says so."""
 
 
 @dataclass(frozen=True, slots=True)
 class ControlState:
     """What the controller carries from rollout to rollout; part of a checkpoint.
 
-    target: nats. log_eps: log of the baseline ε. errors: (H - H*)/H* of the rollouts so far. at_bound: rollouts in a row
-    in which ε lay at a bound and entropy away from the target.
+    target: nats. log_eps: log of the baseline ε. errors: (H - H*)/H* of the rollouts so far. at_limit: rollouts in a row
+    in which ε lay at a bound or had all the pull that it can have, and entropy was away from the target.
     """
 
     target: float
     log_eps: float
     errors: tuple[float, ...] = ()
-    at_bound: int = 0
+    at_limit: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +57,17 @@ Profile = Mapping[str, NDArray[np.generic]]
 
 
 def start_control(control: Control, eps: float, entropy: float) -> ControlState:
-    """The state at the first rollout, whose entropy is the target where that is `initial`; eps: that of the spec."""
+    """The state at the first rollout, whose entropy is the target where that is `initial`; eps: that of the spec.
+
+    Raises SpecError where that entropy is 0: nothing can be held there.
+    """
     target = entropy if control.target_entropy == "initial" else control.target_entropy
     assert isinstance(target, float)
+    if target <= 0:
+        raise SpecError(
+            "control.target_entropy = 'initial': the first rollout has entropy 0, so there is nothing to hold; give a target "
+            "in nats"
+        )
     return ControlState(target, math.log(eps), ((entropy - target) / target,))
 
 
@@ -81,12 +90,12 @@ def next_action(
     bound = _bound_that_stops(eps, -error * upwards, control.bounds)
     step = 0.0 if bound else -upwards * control.integral * error
     low, high = (math.log(edge) for edge in control.bounds)
-    away = bound is not None and abs(error) > TOLERANCE
+    limited = abs(error) > TOLERANCE and (bound is not None or abs(share) == 1)
     after = ControlState(
         state.target,
         min(max(state.log_eps + step, low), high),
         (*state.errors, error),
-        state.at_bound + 1 if away else 0,
+        state.at_limit + 1 if limited else 0,
     )
     reason = (
         f"entropy {entropy:.4f} is {100 * error:+.1f} % from {state.target:.4f}: {control.actuator} {eps:.4g}, "
@@ -95,9 +104,9 @@ def next_action(
     )
     data = {
         "entropy": entropy, "target": state.target, "error": error, "actuator": control.actuator, "eps": eps,
-        "baseline": baseline, "share": share, "pull_to_gain": float(gains.max() - gains[0]), "at_bound": bound is not None,
+        "baseline": baseline, "share": share, "pull_to_gain": float(gains.max() - gains[0]), "at_limit": limited,
     }  # fmt: skip
-    return after, Action(eps, reason, data, _stuck(after, control, bound))
+    return after, Action(eps, reason, data, _stuck(after, control, eps))
 
 
 def total_pull(profile: Profile, actuator: str, eps: float, other_eps: float) -> float:
@@ -121,16 +130,18 @@ def _bound_that_stops(eps: float, direction: float, bounds: Sequence[float]) -> 
     return high if eps >= high * (1 - 1e-9) and direction > 0 else None
 
 
-def _stuck(state: ControlState, control: Control, bound: float | None) -> str | None:
-    if bound is None or state.at_bound % PATIENCE != 0 or state.at_bound == 0:
+def _stuck(state: ControlState, control: Control, eps: float) -> str | None:
+    """A line every PATIENCE rollouts at the limit."""
+    if state.at_limit % PATIENCE != 0 or state.at_limit == 0:
         return None
     gained = abs(state.errors[-1 - min(PATIENCE, len(state.errors) - 1)]) - abs(state.errors[-1])
     pace = (
-        f"at the pace of the last {PATIENCE} rollouts it is {math.ceil(abs(state.errors[-1]) / gained * PATIENCE)} more away"
+        f"at the pace of the last {PATIENCE} rollouts it needs {math.ceil(abs(state.errors[-1]) / gained * PATIENCE)} more"
         if gained > 0
         else "and entropy does not come nearer"
     )
     return (
-        f"target {state.target:.4g} nat is out of reach for now: {control.actuator} has been at its bound {bound:g} for "
-        f"{state.at_bound} rollouts, entropy is {100 * state.errors[-1]:+.0f} % off, {pace}"
+        f"target {state.target:.4g} nat is out of reach for now: for {state.at_limit} rollouts {control.actuator} has had the "
+        f"{'smallest' if state.errors[-1] > 0 else 'largest'} pull within its bounds (now {eps:.3g}), entropy is "
+        f"{100 * state.errors[-1]:+.0f} % off, {pace}"
     )

@@ -92,6 +92,7 @@ METRICS: dict[str, str] = {
     "network_clip_high": "its part from what clip-high removed of the gradient",
     "network_momentum": "its part from earlier gradients (AdamW's first moment)",
     "network_decay": "its part from weight decay",
+    "network_rounding": "its part from rounding the float32 step to the precision of the model: 0 in float32",
     **{
         f"{kind}_{name}": f"{text} over the probe states, {how}"
         for kind, how in (("exact", "over the whole vocabulary"), ("sampled", "from their sampled tokens"))
@@ -118,6 +119,7 @@ METRICS: dict[str, str] = {
             "clip_high": "clip-high terms",
             "momentum": "network_momentum",
             "decay": "network_decay",
+            "rounding": "network_rounding",
         }.items()
     },
     "clip_low_up": "share of updates with clip_low > 0 whose clip-low term is positive",
@@ -126,9 +128,9 @@ METRICS: dict[str, str] = {
     "inequality_high": "the same of the high side, with Y",
     "updates": "updates (or probes) that the row is made of",
     "probed": "probed updates that have the prediction",
-    "sign_agreement": "share of them in which prediction and observed change have one sign",
-    "correlation": "Pearson correlation of observed change and prediction",
-    "slope": "least-squares slope of the observed change on the prediction",
+    "sign_agreement": "share of them, where the prediction is not 0, in which prediction and observed change have one sign",
+    "correlation": "Pearson correlation of observed change and prediction, of 3 probes or more",
+    "slope": "least-squares slope of the observed change on the prediction, of 3 probes or more",
     "quantile": "of the null distribution of log r",
     "log_ratio": "that quantile of log r between two scorings by the same weights, nats",
     "abs_log_ratio": "that quantile of |log r|",

@@ -274,7 +274,7 @@ def rollout_facts(rollout: int, row: Mapping[str, Any], updates: Sequence[Update
         groups=row["prompts"],
         groups_zero_advantage=row["groups_zero_advantage"],
         clipped=sum(count.clip_low + count.clip_high for count in counts),
-        clippable=on and len(updates) > 1 and spec.loss.objective == "clip",
+        clippable=on and sum(count.tokens_advantage > 0 for count in counts) > 1 and spec.loss.objective == "clip",
         **{name: sum(getattr(update.sums.ledger, name) for update in updates) for name in MASSES},
     )
 

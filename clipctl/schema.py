@@ -16,7 +16,7 @@ MASSES = ("x_mass", "x_pg", "x_npg", "y_mass", "y_pg", "y_npg")
 LEDGER = (*TERMS, *MASSES)
 """The entropy ledger's columns in `updates`."""
 
-NETWORK = ("total", "reward", "clip_low", "clip_high", "momentum", "decay")
+NETWORK = ("total", "reward", "clip_low", "clip_high", "momentum", "decay", "rounding")
 """Parts of the change of entropy as predicted through the network."""
 
 GAPS = {

@@ -549,6 +549,8 @@ def _one_line(error: ValidationError) -> str:
         case "model_type" | "model_attributes_type":
             keys = ", ".join(dict.fromkeys(key for key in _known_keys() if key.startswith(f"{dotted}.")))
             return f"{dotted}: is a group of keys ({keys}), found {problem['input']!r}"
+        case "tuple_type":
+            return f"{dotted}: takes a list, such as '[\"…\"]' or '[0.1, 0.2]', found {problem['input']!r}"
         case "value_error":
             message = str(problem["ctx"]["error"])
             return f"{dotted}.{message}" if dotted else message
@@ -564,7 +566,7 @@ def _one_line(error: ValidationError) -> str:
 def _written_key(loc: tuple[int | str, ...]) -> str:
     """The dotted key as the user wrote it: pydantic puts a union's option and places in a list into the path."""
     is_option = loc[:1] == ("reward",) and len(loc) > 1 and loc[1] in _KINDS
-    names = (loc[0], *loc[2:]) if is_option else loc[:2] if loc[:2] == ("store", "tokens") else loc
+    names = (loc[0], *loc[2:]) if is_option else loc[:2] if loc[:2] in _VALUE_UNIONS else loc
     return ".".join(name for name in names if isinstance(name, str))
 
 
@@ -609,3 +611,5 @@ _REWARDS = {
     for reward in get_args(get_args(Reward)[0])
 }
 _KINDS = list(_REWARDS)
+_VALUE_UNIONS = {("store", "tokens"), ("control", "target_entropy")}
+"""Keys that take one of several kinds of values."""

@@ -220,7 +220,7 @@ def theory_report(options: Options, output: str, plot: Path | None, terminal: bo
             for reward, found in curves.items()
         }
         answer = {"schema_version": SCHEMA_VERSION, "options": asdict(options), **tables, "step_sizes": STEPS.tolist()}
-        return json.dumps(answer | {"trials": trials, "entropies": steps}, indent=1)
+        return json.dumps(_strict(answer | {"trials": trials, "entropies": steps}), indent=1, allow_nan=False)
     return "\n\n".join(f"{HEADINGS[name]}\n\n{as_table(_arrow(rows), terminal)}" for name, rows in tables.items())
 
 
@@ -269,8 +269,8 @@ def inequality_rows(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for side in ("low", "high"):
             row[f"{side}, states"] = _mean_of(mine, f"{side}_holds")
             row[f"{side}, pooled"] = _mean_of(mine, f"{side}_pooled_holds")
-        row["clip-low up"] = float(np.mean([r["clip_low"] > 0 for r in mine if r["clip_low"]] or [math.nan]))
-        row["clip-high down"] = float(np.mean([r["clip_high"] < 0 for r in mine if r["clip_high"]] or [math.nan]))
+        row["clip-low up"] = _share_of([r["clip_low"] > 0 for r in mine if r["clip_low"]])
+        row["clip-high down"] = _share_of([r["clip_high"] < 0 for r in mine if r["clip_high"]])
         rows.append(row)
     return rows
 
@@ -431,6 +431,17 @@ def _half_width(values: Floats) -> Floats:
     return np.asarray(2.776 * values.std(0, ddof=1) / math.sqrt(SEEDS))
 
 
+def _strict(value: Any) -> Any:
+    """The value as strict JSON has it: what is not a number is null, infinity a string, as in every JSON of clipctl."""
+    if isinstance(value, dict):
+        return {name: _strict(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_strict(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else f"{'-' if value < 0 else ''}Infinity"
+    return value
+
+
 def _share(gap_S: Floats) -> float | None:
     """The share of the states with the event in which the inequality holds."""
     there = ~np.isnan(gap_S)
@@ -443,7 +454,10 @@ def _pooled(mass_S: Floats, gap_S: Floats) -> bool | None:
 
 
 def _mean_of(rows: Sequence[dict[str, Any]], name: str) -> float | None:
-    found = [row[name] for row in rows if row[name] is not None]
+    return _share_of([row[name] for row in rows if row[name] is not None])
+
+
+def _share_of(found: Sequence[float]) -> float | None:
     return float(np.mean(found)) if found else None
 
 

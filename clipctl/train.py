@@ -30,7 +30,7 @@ from clipctl.control import TOLERANCE, ControlState, held, next_action, start_co
 from clipctl.engine import EnginePair, Measure, Scores, UpdateResult, open_engine
 from clipctl.errors import AlarmStop, DataError, DivergedError, EngineError, Interrupted, SpecError
 from clipctl.journal import RunWriter, check_place, create_run
-from clipctl.loss import PolicyLoss, UpdateSums
+from clipctl.loss import PolicyLoss
 from clipctl.models import ChatTokenizer, check_device, find_model, load_tokenizer, stop_ids
 from clipctl.overlap import work_while_making
 from clipctl.records import (
@@ -171,7 +171,7 @@ def run_rollouts(job: Job) -> None:
     position = 0
     history: list[RolloutFacts] = []
     control: ControlState | None = None
-    updates: list[Update] = []
+    profiled: list[Update] = []
     for rollout in range(spec.run.steps):
         drawn = draw_groups(job, rollout, position)
         position = drawn.next_position
@@ -180,9 +180,11 @@ def run_rollouts(job: Job) -> None:
         batch = pack(trained) if trained else None
         old = engine.trainer.score(batch) if batch is not None else None
         scored = perf_counter()
-        noise = measure_noise(job, batch, trained, old) if rollout == 0 else {}
-        control, loss = choose_clip(job, rollout, control, None if old is None else mean_entropy(trained, old), updates)
+        noise = {} if profiled else measure_noise(job, batch, trained, old)
+        entropy = None if old is None else mean_entropy(trained, old)
+        control, loss = choose_clip(job, rollout, control, entropy, profiled)
         updates = run_updates(job, rollout, batch, old, loss)
+        profiled = updates or profiled
         engine.sampler.update_weights(engine.trainer.weights(), version=rollout + 1)
         seconds = Seconds(drawn.seconds_sample, drawn.seconds_reward, scored - started, perf_counter() - scored)
         row = rollout_row(drawn.groups, trained, old, drawn.refills, seconds)
@@ -210,25 +212,28 @@ def run_updates(job: Job, rollout: int, batch: Batch | None, old: Scores | None,
     if set(measures) != {"sums"}:
         key = DrawKey(spec.run.seed, rollout, 0)
         trainer.keep_probe(batch, spread_states(batch.lengths_R, spec.ledger.probe_states, key))
-    done: list[UpdateResult] = []
-    sums: list[UpdateSums] = []
+    done: list[Update] = []
+    waiting: list[UpdateResult] = []
     for rows, measure in zip(steps, measures, strict=True):
-        done.append(trainer.step(batch, rows, old, loss, measure))
-        waiting = done[len(sums) :]
-        if len(done) == len(steps) or sum(len(result.tokens.logprob_T) for result in waiting) >= TOKENS_AT_ONCE:
-            sums += loss.sums([result.loss for result in waiting], [result.tokens for result in waiting])
-    return [
-        Update(rows, loss, result.grad_norm, its_sums, result.probe, loss.clipped(result.tokens))
-        for rows, result, its_sums in zip(steps, done, sums, strict=True)
-    ]
+        waiting.append(trainer.step(batch, rows, old, loss, measure))
+        last = len(done) + len(waiting) == len(steps)
+        if last or sum(len(result.tokens.logprob_T) for result in waiting) >= TOKENS_AT_ONCE:
+            sums = loss.sums([result.loss for result in waiting], [result.tokens for result in waiting])
+            done += [
+                Update(its_rows, loss, result.grad_norm, its_sums, result.probe, loss.clipped(result.tokens))
+                for its_rows, result, its_sums in zip(steps[len(done) :], waiting, sums, strict=False)
+            ]
+            waiting = []
+    return done
 
 
 def choose_clip(
     job: Job, rollout: int, state: ControlState | None, entropy: float | None, before: Sequence[Update]
 ) -> tuple[ControlState | None, PolicyLoss]:
-    """The ε of this rollout's updates: the spec's, or what the controller makes of the last rollout's profile.
+    """The ε of this rollout's updates: the spec's, or what the controller makes of the profile of the last updates.
 
-    entropy: of this rollout, nats; None, and no updates before, where dynamic sampling found nothing to train on.
+    entropy: of this rollout, nats; None where dynamic sampling found nothing to train on. before: the updates of the last
+    rollout that had any.
     """
     spec = job.spec
     asked = PolicyLoss(spec.loss.objective, spec.clip.low, spec.clip.high)
@@ -238,8 +243,6 @@ def choose_clip(
     mine, other = (asked.eps_low, asked.eps_high) if low else (asked.eps_high, asked.eps_low)
     if state is None:
         return start_control(spec.control, mine, entropy), asked
-    if not before:
-        return state, asked
     profile = reduce(operator.add, (update.sums.profile for update in before)).columns()
     state, action = next_action(state, spec.control, entropy, profile, other)
     chosen = (action.eps, other) if low else (other, action.eps)
@@ -409,18 +412,26 @@ def measure_noise(job: Job, batch: Batch | None, trained: Sequence[Group], old: 
     log_ratios = {"layout": again_T - logprob_T[: len(again_T)], "sampler": logprob_T - sampler_T}
     for source, values_T in log_ratios.items():
         level = float(np.quantile(np.abs(values_T), 0.99))
-        for side, eps in (("low", job.spec.clip.low), ("high", job.spec.clip.high)):
+        for side, (name, eps) in smallest_eps(job.spec).items():
             if eps < NOISE_MARGIN * level:
                 against = "another micro-batch layout" if source == "layout" else "the sampler"
                 tell(
                     job,
                     "noise_floor",
-                    f"clip.{side} = {eps:g} is under {NOISE_MARGIN} × {level:.2g}, the 99th percentile of |log r| between "
+                    f"{name} = {eps:g} is under {NOISE_MARGIN} × {level:.2g}, the 99th percentile of |log r| between "
                     f"one policy and itself in {against}: it would clip rounding noise",
-                    0,
+                    trained[0].prompt.key.rollout,
                     {"source": source, "side": side, "eps": eps, "p99": level},
                 )
     return {"noise": noise_columns(log_ratios)}
+
+
+def smallest_eps(spec: RunSpec) -> dict[str, tuple[str, float]]:
+    """The smallest ε that each side can have, and the key that says so: the controller may go to its lower bound."""
+    found = {"low": ("clip.low", spec.clip.low), "high": ("clip.high", spec.clip.high)}
+    if spec.control.target_entropy is not None:
+        found[spec.control.actuator.removeprefix("eps_")] = ("control.bounds[0]", spec.control.bounds[0])
+    return found
 
 
 def raise_alarms(job: Job, history: Sequence[RolloutFacts], control: ControlState | None) -> None:
@@ -456,8 +467,11 @@ def note_control(job: Job, control: ControlState | None) -> None:
     if control is None:
         return
     worst, within = held(control)
-    words = f"within ±{100 * TOLERANCE:g} % of" if within else "not within reach of"
-    message = f"the second half of the run was {words} {control.target:.4g} nat: at most {100 * worst:.1f} % away"
+    words = "was" if within else "was not"
+    message = (
+        f"entropy {words} held within ±{100 * TOLERANCE:g} % of {control.target:.4g} nat over the second half of the run: "
+        f"at most {100 * worst:.1f} % away"
+    )
     data = {"target": control.target, "worst": worst, "held": within}
     if within:
         job.writer.event("control_end", message, rollout=job.spec.run.steps - 1, data=data)

@@ -40,13 +40,20 @@ EVALS = f"""(select e.* from {_evaluated("evals")} as e join {EVALUATIONS} as v 
 
 
 def _shares(prefix: str, parts: Sequence[str], named: str) -> str:
-    """Summed parts as shares of what pulls at all."""
-    gross = " + ".join(f"abs(sum({prefix}{part}))" for part in parts)
+    """Summed parts as shares of what pulls at all; a part that an earlier version did not store pulls nothing."""
+    gross = " + ".join(f"coalesce(abs(sum({prefix}{part})), 0)" for part in parts)
     return ", ".join(f"sum({prefix}{part}) / nullif({gross}, 0) as {named}{part}" for part in parts)
 
 
 PREDICTORS = ("ledger_pg", "ledger_npg", "network_total")
 """What predicts the change of entropy at a probed update."""
+
+
+def _fitted(aggregate: str, name: str) -> str:
+    """A fit of the observed change to a prediction; of two points it would say nothing, of equal ones it has none."""
+    fit = f"{aggregate}(entropy_change, {name})"
+    return f"case when count({name}) > 2 and not isnan({fit}) then {fit} end"
+
 
 VIEWS: dict[str, str] = {
     "rollouts": f"""create view rollouts as select
@@ -113,16 +120,14 @@ VIEWS: dict[str, str] = {
         select run_id, {
         ", ".join(
             f'''count({name}) as {name}_probed,
-            avg((sign({name}) = sign(entropy_change))::int) filter ({name} is not null) as {name}_sign,
-            corr(entropy_change, {name}) as {name}_corr, regr_slope(entropy_change, {name}) as {name}_slope'''
+            avg((sign({name}) = sign(entropy_change))::int) filter ({name} <> 0) as {name}_sign,
+            {_fitted("corr", name)} as {name}_corr, {_fitted("regr_slope", name)} as {name}_slope'''
             for name in PREDICTORS
         )
     } from probes group by run_id) """
     + " union all ".join(
         f"""select run_id, '{name}' as predictor, {name}_probed as probed, {name}_sign as sign_agreement,
-        case when isnan({name}_corr) then null else {name}_corr end as correlation,
-        case when isnan({name}_slope) then null else {name}_slope end as slope
-        from found where {name}_probed > 0"""
+        {name}_corr as correlation, {name}_slope as slope from found where {name}_probed > 0"""
         for name in PREDICTORS
     ),
     "ledger": "create view ledger as with predicted as materialized (select * from predictions), summed as ("
@@ -130,7 +135,7 @@ VIEWS: dict[str, str] = {
         [
             f"""select run_id, '{step}' as step, 'ledger_{name}' as predictor, count({name}_reward) as updates,
         {_shares(f"{name}_", ("reward", "clip_low", "clip_high"), "pull_")},
-        null::double as pull_momentum, null::double as pull_decay,
+        null::double as pull_momentum, null::double as pull_decay, null::double as pull_rounding,
         avg(({name}_clip_low > 0)::int) filter (clip_low > 0) as clip_low_up,
         avg(({name}_clip_high < 0)::int) filter (clip_high > 0) as clip_high_down,
         avg((x_{name} >= 0)::int) filter (x_mass > 0) as inequality_low,
@@ -146,7 +151,7 @@ VIEWS: dict[str, str] = {
         from probes group by run_id having count(network_total) > 0"""
         ]
     )
-    + """) select s.* exclude (predictor), sign_agreement, correlation,
+    + """) select s.* exclude (predictor), coalesce(probed, 0) as probed, sign_agreement, correlation,
         case when s.predictor = 'network_total' then slope end as slope
         from summed as s left join predicted as p on p.run_id = s.run_id and p.predictor = s.predictor""",
     "noise": f"create view noise as select * from {_current('noise')}",

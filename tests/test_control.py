@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 
 from clipctl import load_spec, open_runs
+from clipctl.analysis import Options
+from clipctl.analysis.what_if import what_if_view
 from clipctl.control import ControlState, held, next_action, start_control, total_pull
 from clipctl.errors import SpecError
+from clipctl.records import Group
 from clipctl.spec import Control
 from clipctl.train import train
 from clipctl.whatif import profile_edges
@@ -63,15 +67,15 @@ def test_the_baseline_integrates_in_log_epsilon_and_stops_at_a_bound() -> None:
     after, action = act(LOW, 0.52)
     assert after.log_eps == pytest.approx(math.log(0.2) + 0.3 * 0.04)
     assert act(HIGH, 0.52)[0].log_eps == pytest.approx(math.log(0.2) - 0.3 * 0.04)
-    assert not action.data["at_bound"]
+    assert not action.data["at_limit"]
     stuck, action = act(LOW, 0.9)
     assert action.eps == pytest.approx(0.8)
-    assert action.data["at_bound"]
+    assert action.data["at_limit"]
     assert stuck.log_eps == math.log(0.2)
-    assert stuck.at_bound == 1
+    assert stuck.at_limit == 1
     free, action = act(LOW, 0.48, eps=0.8)
     assert free.log_eps < math.log(0.8)
-    assert not action.data["at_bound"]
+    assert not action.data["at_limit"]
 
 
 def test_the_baseline_never_leaves_the_bounds() -> None:
@@ -88,8 +92,8 @@ def test_a_target_that_stays_away_is_told_every_five_rollouts() -> None:
         state, action = next_action(state, LOW, float(entropy), profile(), 0.2)
         told.append(action.stuck)
     assert [at for at, line in enumerate(told) if line] == [4, 9]
-    assert "has been at its bound 0.8 for 5 rollouts" in told[4]
-    assert "+76 % off, at the pace of the last 5 rollouts it is" in told[4]
+    assert "for 5 rollouts eps_low has had the smallest pull within its bounds (now 0.8)" in told[4]
+    assert "+76 % off, at the pace of the last 5 rollouts it needs" in told[4]
     assert held(state) == (pytest.approx(0.4 / 0.5 - 0.05 / 0.5 * 0.5, abs=0.03), False)
 
 
@@ -156,6 +160,13 @@ def test_every_action_is_an_event_and_is_what_the_updates_used(tmp_path: Path) -
                           "where kind = 'control' order by rollout").fetchall()  # fmt: skip
         entropies = [row[0] for row in runs.sql("select entropy from rollouts order by rollout").fetchall()]
         (end,) = runs.sql("select (data->>'worst')::double from events where kind = 'control_end'").fetchall()
+        as_run = what_if_view(runs, Options()).table.to_pylist()[0]
+        terms = runs.sql(
+            "select sum(pg_clip_low), sum(npg_total), 100 * sum(clip_low) / sum(tokens) from updates"
+        ).fetchall()
+    assert (as_run["pg_clip_low"], as_run["npg_total"], as_run["clip_low_percent"]) == pytest.approx(terms[0])
+    assert (as_run["eps_low"], as_run["eps_high"]) == (None, 0.1)
+    assert as_run["note"].startswith("as run, ε_low from ")
     assert used[0] == (0, 0.1, 0.1, 0.1)
     assert [event[0] for event in events] == [1, 2, 3]
     for (rollout, eps, message, target), (_, least, most, high) in zip(events, used[1:], strict=True):
@@ -168,6 +179,60 @@ def test_every_action_is_an_event_and_is_what_the_updates_used(tmp_path: Path) -
     assert state["target"] == pytest.approx(entropies[0])
     worst = max(abs(entropy / entropies[0] - 1) for entropy in entropies[2:])
     assert end == (pytest.approx(worst),)
+
+
+def test_a_target_out_of_reach_of_eps_high_is_told(tmp_path: Path) -> None:
+    """Entropy cannot triple in 8 rollouts: ε_high takes the largest pull that it has, and the run says that it is not enough."""
+    told: list[str] = []
+    overrides = SMALL | {"run.steps": 8, "control.target_entropy": 1.6, "control.actuator": "eps_high"}
+    folder = train(load_spec("tiny", overrides), runs_dir=tmp_path, warn=told.append)
+    with open_runs(folder) as runs:
+        used = runs.sql(
+            "select rollout, min(eps_high), max(eps_high), max(eps_low) from updates group by all"
+        ).fetchall()
+        kinds = [
+            row[0] for row in runs.sql("select kind from events where kind like 'control_%' order by time").fetchall()
+        ]
+    assert all(0.1 < least == most <= 0.9 and low == 0.1 for rollout, least, most, low in used if rollout > 0)
+    assert kinds == ["control_limit", "control_end"]
+    assert [line.split(":")[0] for line in told if line.startswith("control")] == kinds
+    assert "was not held" in told[-1]
+
+
+def test_a_rollout_without_groups_to_train_on_leaves_the_controller_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rollout 2 has no advantage, so dynamic sampling drops it whole; rollout 3 is controlled by rollout 1's profile."""
+    from clipctl import train as module
+
+    real = module.with_advantages
+
+    def nothing_in_rollout_2(job: Any, problems: Any, prompts: Any, scored: Any) -> list[Group]:
+        groups = real(job, problems, prompts, scored)
+        if prompts[0].key.rollout != 2:
+            return groups
+        return [replace(group, advantages_G=np.zeros_like(group.advantages_G)) for group in groups]
+
+    monkeypatch.setattr(module, "with_advantages", nothing_in_rollout_2)
+    overrides = SMALL | {
+        "run.steps": 5, "control.target_entropy": 0.45, "rollout.dynamic_sampling": True, "rollout.max_refills": 1,
+        "optim.responses_per_update": 4,
+    }  # fmt: skip
+    folder = train(load_spec("tiny", overrides), runs_dir=tmp_path, warn=lambda line: None)
+    with open_runs(folder) as runs:
+        actions = runs.sql(
+            "select rollout, (data->>'eps')::double from events where kind = 'control' order by 1"
+        ).fetchall()
+        used = runs.sql("select rollout, any_value(eps_low) from updates group by all order by 1").fetchall()
+    assert [row[0] for row in used] == [0, 1, 3, 4]
+    assert actions == used[1:]
+    state = json.loads((folder / "checkpoints" / "5" / "control.json").read_text())
+    assert len(state["errors"]) == 4
+
+
+def test_nothing_is_held_at_an_entropy_of_0() -> None:
+    with pytest.raises(SpecError, match="entropy 0"):
+        start_control(Control(target_entropy="initial"), 0.1, 0.0)
 
 
 @pytest.mark.slow

@@ -12,36 +12,40 @@ from clipctl.theory import entropy, first_order
 
 
 def test_three_tokens_by_hand() -> None:
-    """4-word vocabulary, weights 1/3, ε 0.2/0.3.
+    """4-word vocabulary, weights 1/3, ε 0.2/0.3, worked out with pencil and table of logarithms; π = (.3, .4, .2, .1) is
+    the same in all three states.
 
-    token 1: π_old .5, π .3 (r .6, in X), A = -1, others (.4, .2, .1): H = 1.2798542, ΣQπ = Σπ²(log π + H)
-    token 2: π_old .2, π .4 (r 2, in Y), A = +.5, the same state
-    token 3: π_old .1, π .1 (r 1), A = +1, the same state
+    H = -Σ π log π             = .3612 + .3665 + .3219 + .2303                      = 1.2798542
+    Q = π (log π + H)          = (.0227644, .1454254, -.0659167, -.1022731)         E[Q] = Σ π Q = .0415888
+
+    token  a  π_old  r    A     event                 E[Q]-Q(a)   -log π(a)-H
+    1      0  .5     .6   -1    clip-low, in X         .0188244   -.0758814
+    2      1  .2     2    +.5   clip-high, in Y       -.1038366   -.3635635
+    3      3  .1     1    +1    none                   .1438619   1.0227309
+
+    e = r·(…)     PG: .0112946, -.2076731, .1438619        NPG: -.0455289, -.7271270, 1.0227309
+    reward        PG: (-.0112946 - .1038366 + .1438619)/3   NPG: (.0455289 - .3635635 + 1.0227309)/3
+    clip-low      PG: .0112946/3                            NPG: -.0455289/3
+    clip-high     PG: .1038366/3                            NPG: .3635635/3
+    X             Σ w r = .6/3, Σ w e = .0112946/3 and -.0455289/3
+    Y             Σ w r = 2/3,  Σ w e = -.2076731/3 and -.7271270/3
     """
     pi = np.array([0.3, 0.4, 0.2, 0.1])
-    h = -(pi * np.log(pi)).sum()
-    expected_q = (pi**2 * (np.log(pi) + h)).sum()
-    q = pi * (np.log(pi) + h)
     taken, old, advantages = pi[[0, 1, 3]], np.array([0.5, 0.2, 0.1]), np.array([-1.0, 0.5, 1.0])
-    r = taken / old
-    pg = r * (expected_q - q[[0, 1, 3]])
-    npg = r * (-np.log(taken) - h)
     ones = torch.ones(3, dtype=torch.float64)
     found = entropy_ledger(
-        torch.from_numpy(np.log(taken)), torch.from_numpy(np.log(old)), torch.from_numpy(advantages), h * ones,
-        expected_q * ones, torch.ones(3, dtype=torch.bool), eps_low=0.2, eps_high=0.3,
+        torch.from_numpy(np.log(taken)), torch.from_numpy(np.log(old)), torch.from_numpy(advantages), 1.2798542 * ones,
+        0.0415888 * ones, torch.ones(3, dtype=torch.bool), eps_low=0.2, eps_high=0.3,
     )  # fmt: skip
-    assert found.pg.reward == pytest.approx((-pg[0] + 0.5 * pg[1] + pg[2]) / 3)
-    assert found.pg.clip_low == pytest.approx(pg[0] / 3)
-    assert found.pg.clip_high == pytest.approx(-0.5 * pg[1] / 3)
-    assert found.pg.total == pytest.approx(pg[2] / 3)
-    assert found.npg.reward == pytest.approx((-npg[0] + 0.5 * npg[1] + npg[2]) / 3)
-    assert found.npg.total == pytest.approx(npg[2] / 3)
-    assert (found.x_mass, found.y_mass) == (pytest.approx(0.2), pytest.approx(2 / 3))
-    assert found.gap7_low == pytest.approx(expected_q - q[0])
-    assert found.gap8_high == pytest.approx(-np.log(0.4) - h)
-    pinned = (found.pg.reward, found.pg.clip_low, found.pg.clip_high, found.npg.clip_low, found.gap7_low)
-    assert pinned == pytest.approx((0.00957690, 0.00376488, 0.03461219, -0.01517628, 0.01882440), abs=1e-7)
+    terms = (found.pg.reward, found.pg.clip_low, found.pg.clip_high, found.pg.total)
+    assert terms == pytest.approx((0.0095769, 0.0037649, 0.0346122, 0.0479540), abs=2e-7)
+    terms = (found.npg.reward, found.npg.clip_low, found.npg.clip_high, found.npg.total)
+    assert terms == pytest.approx((0.2348988, -0.0151763, 0.1211878, 0.3409103), abs=2e-7)
+    x, y = (found.x_mass, found.x_pg, found.x_npg), (found.y_mass, found.y_pg, found.y_npg)
+    assert x == pytest.approx((0.2, 0.0037649, -0.0151763), abs=2e-7)
+    assert y == pytest.approx((0.6666667, -0.0692244, -0.2423757), abs=2e-7)
+    gaps = (found.gap7_low, found.gap7_high, found.gap8_low, found.gap8_high)
+    assert gaps == pytest.approx((0.0188244, -0.1038366, -0.0758814, -0.3635635), abs=2e-7)
 
 
 @pytest.mark.parametrize("algorithm", ["pg", "npg"])

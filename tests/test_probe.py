@@ -23,7 +23,7 @@ from clipctl.rollout import Batch, DrawKey, spread_states
 from clipctl.spec import resolve_spec
 from clipctl.train import train
 
-PARTS = ("reward", "clip_low", "clip_high", "momentum", "decay")
+PARTS = ("reward", "clip_low", "clip_high", "momentum", "decay", "rounding")
 KEY = DrawKey(3, 0, 0)
 
 
@@ -276,17 +276,34 @@ def test_layouts_give_one_prediction(engine: dict[str, Any]) -> None:
     assert one.exact.y_pg == pytest.approx(other.exact.y_pg, rel=1e-3)
 
 
-def test_a_bfloat16_model_predicts_with_its_float32_masters() -> None:
-    the_spec = spec(model={"dtype": "bfloat16"}, optim={"lr": 1e-3})
+@pytest.mark.parametrize("lr", [1e-4, 3e-5])
+def test_a_bfloat16_model_is_predicted_as_it_moves_rounding_included(lr: float) -> None:
+    """Against the entropy of the same states in float32 arithmetic with the bfloat16 weights before and after the step:
+    bfloat16 arithmetic itself would bury a change of this size. At 1e-4 most of the step is rounded away or up."""
+    the_spec = spec(model={"dtype": "bfloat16"}, optim={"lr": lr})
     ours = trainer(the_spec, dtype="bfloat16")
     old = ours.score(batch())
-    ours.keep_probe(batch(), spread_states(batch().lengths_R, 40, KEY))
+    chosen = spread_states(batch().lengths_R, 40, KEY)
+    ours.keep_probe(batch(), chosen)
     ours.step(batch(), range(0, 8), old, spec_loss(the_spec))
+    before = entropy_in_float32(ours.model, chosen)
     probe = ours.step(batch(), range(8, 16), old, spec_loss(the_spec), "network").probe
+    after = entropy_in_float32(ours.model, chosen)
     assert probe is not None
     assert probe.network is not None
     parts = [probe.network[part] for part in PARTS]
     assert sum(parts) == pytest.approx(probe.network["total"], abs=0.02 * sum(map(abs, parts)))
+    assert probe.network["rounding"] != 0
+    # The slope comes from a bfloat16 backward pass, good to about a hundredth of its size.
+    assert probe.network["total"] == pytest.approx(after - before, abs=0.05 * sum(map(abs, parts)))
+
+
+def entropy_in_float32(model: Any, chosen: list[tuple[int, int]]) -> float:
+    """Mean entropy of the states at temperature 1.3 under the model's weights, nats."""
+    exact = random_llama()
+    exact.load_state_dict(model.state_dict())
+    logp = log_probs(exact, chosen)
+    return float(-(np.exp(logp) * logp).sum(-1).mean())
 
 
 def test_states_are_spread_over_the_responses() -> None:

@@ -55,6 +55,7 @@ HEADINGS: dict[str, dict[str, str]] = {
         "pull_clip_low": "clip-low",
         "pull_clip_high": "clip-high",
         "pull_momentum": "momentum",
+        "pull_rounding": "rounding",
         "pull_decay": "decay",
         "clip_low_up": "low up",
         "clip_high_down": "high down",
@@ -63,6 +64,7 @@ HEADINGS: dict[str, dict[str, str]] = {
         "sign_agreement": "signs agree",
     },
     "what-if": {
+        "run_id": "run",
         "eps_low": "ε_low",
         "eps_high": "ε_high",
         "clip_low_percent": "clip-low %",

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from clipctl.analysis.answer import Answer, Options, as_arrow, without
 from clipctl.errors import SpecError
+from clipctl.schema import TERMS
 from clipctl.store import Runs
-from clipctl.whatif import WhatIf, what_if
+from clipctl.whatif import Pull, WhatIf, what_if
 
 PROFILES = """
 select run_id, advantage_sign, ratio_from, ratio_to, sum(tokens) as tokens, sum(pg) as pg, sum(npg) as npg
@@ -20,7 +21,13 @@ select run_id, r.eps_low, r.eps_high,
     coalesce(bool_and(u.eps_low = r.eps_low and u.eps_high = r.eps_high), false) as held
 from runs as r left join updates as u using (run_id) group by all order by any_value(r.created_at), run_id
 """
-Eps = tuple[float, float]
+RECORDED = f"""
+select run_id, min(eps_low) as low_from, max(eps_low) as low_to, min(eps_high) as high_from, max(eps_high) as high_to,
+    {", ".join(f"sum({name})::double as {name}" for name in ("tokens", "clip_low", "clip_high", "ratio_low", "ratio_high"))},
+    {", ".join(f"sum({name}) as {name}" for name in TERMS)}
+from updates group by run_id
+"""
+Eps = tuple[float | None, float | None]
 Profile = Mapping[str, NDArray[np.float64]]
 
 
@@ -38,13 +45,18 @@ def profiles(runs: Runs) -> Iterator[tuple[dict[str, Any], Profile]]:
 def what_if_view(runs: Runs, options: Options) -> Answer:
     """Clip mass and ledger terms of each run, all updates together, under the ε it had and under every pair of the grid.
 
+    A run whose ε the controller moved has its recorded sums first, with the ε that moved empty.
+
     A side of the grid without values keeps the run's own, and without any grid each clip is turned off once. To first
     order: the ratios are those of the run. Raises SpecError for an impossible grid, and where no run has histograms.
     """
     asked = parse_grid(options.grid)
     rows: list[dict[str, Any]] = []
+    recorded = {row["run_id"]: row for row in runs.table(RECORDED).to_pylist()}
     for run, profile in profiles(runs):
         own = (run["eps_low"], run["eps_high"])
+        if not run["held"] and run["run_id"] in recorded:
+            rows.append(_recorded_row(run["run_id"], recorded[run["run_id"]]))
         pairs = dict.fromkeys(
             [own, *((low, high) for low in asked["low"] or own[:1] for high in asked["high"] or own[1:])]
         )
@@ -57,11 +69,24 @@ def what_if_view(runs: Runs, options: Options) -> Answer:
                 "interpolated" if found.interpolated else "",
             ]
             rows.append(_row(run["run_id"], pair, found, ", ".join(filter(None, marks))))
-    return Answer(as_arrow(rows), without(runs, [row["run"] for row in rows], "what-if", "histograms of the ratio"))
+    return Answer(as_arrow(rows), without(runs, [row["run_id"] for row in rows], "what-if", "histograms of the ratio"))
+
+
+def _recorded_row(run: str, sums: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run recorded whose ε moved."""
+    moved = [side for side in ("low", "high") if sums[f"{side}_from"] != sums[f"{side}_to"]]
+    pg, npg = (
+        Pull(*(sums[f"{algorithm}_{part}"] for part in ("reward", "clip_low", "clip_high")))
+        for algorithm in ("pg", "npg")
+    )
+    counts = {name: sums[name] for name in ("tokens", "clip_low", "clip_high", "ratio_low", "ratio_high")}
+    eps = tuple(None if side in moved else sums[f"{side}_from"] for side in ("low", "high"))
+    ranges = " and ".join(f"ε_{side} from {sums[f'{side}_from']:.4g} to {sums[f'{side}_to']:.4g}" for side in moved)
+    return _row(run, (eps[0], eps[1]), WhatIf(**counts, pg=pg, npg=npg, interpolated=False), f"as run, {ranges}")
 
 
 def _row(run: str, eps: Eps, found: WhatIf, note: str) -> dict[str, Any]:
-    row: dict[str, Any] = {"run": run, "eps_low": eps[0], "eps_high": eps[1]}
+    row: dict[str, Any] = {"run_id": run, "eps_low": eps[0], "eps_high": eps[1]}
     for side in ("clip_low", "clip_high"):
         row[f"{side}_percent"] = 100 * getattr(found, side) / max(found.tokens, 1)
     for algorithm in ("pg", "npg"):

@@ -60,7 +60,7 @@ class ProbeResult:
     entropy_before, entropy_after: Σ H before and after the step. exact, sampled: ledgers before it, of all actions
     weighted by π_old, and of each state's sampled token alone; their x_ and y_ sums estimate the same.
     network: the first-order change of the states' mean entropy along the step, `total`, and what it is made of
-    (`reward`, `clip_low`, `clip_high`, `momentum`, `decay`); None where it was not asked for.
+    (`reward`, `clip_low`, `clip_high`, `momentum`, `decay`, `rounding`); None where it was not asked for.
     """
 
     states: int

@@ -63,12 +63,15 @@ class TorchTrainer:
         return Scores(logprob_T, entropy_T)
 
     def score_otherwise(self, batch: Batch, rows: range) -> Tensor:
-        """log π of the rows' tokens, flat, in micro-batches half as large as the largest of `score`'s."""
+        """log π of the rows' tokens, flat, in micro-batches half as large as the largest of `score`'s, or twice where
+        those have one response each."""
         lengths = [len(p) + len(r) for p, r in zip(batch.prompt_ids, batch.response_ids, strict=True)]
-        largest = max(len(part) * max(lengths[row] for row in part) for part, _ in self._layout(batch, rows))
+        layout = [part for part, _ in self._layout(batch, rows)]
+        largest = max(len(part) * max(lengths[row] for row in part) for part in layout)
+        budget = largest // 2 if max(map(len, layout)) > 1 else 2 * largest
         ends = np.cumsum(batch.lengths_R[rows.start : rows.stop])
         logprob_T = torch.empty(int(ends[-1]))
-        for part in microbatches(lengths, rows, largest // 2):
+        for part in microbatches(lengths, rows, budget):
             with torch.no_grad():
                 statistics = self._forward(batch, part)
             local = [row - rows.start for row in part]
@@ -118,7 +121,8 @@ class TorchTrainer:
     ) -> dict[str, float]:
         """Takes the step and returns ⟨∇_θ H, Δθ⟩ with H the probe's mean entropy, whole and in its parts, nats.
 
-        The gradients of the three parts of the objective are taken each by itself, at the weights before the step.
+        The gradients of the three parts of the objective are taken each by itself, at the weights before the step. Δθ is
+        that of the working copy; what rounding it made of the masters' step is a part of its own, 0 in float32.
         """
         assert self.probe is not None
         slope = self.probe.entropy_slope(self.parameters)
@@ -129,8 +133,14 @@ class TorchTrainer:
         gradients = [master.grad for master in self.masters if master.grad is not None]
         self._move()
         rows_of_step = SPLITS[self.spec.optim.optimizer](slope, Step(gradients, parts, before), self.optimizer)
-        moved = [master.detach() - start for master, start in zip(self.masters, before, strict=True)]
-        return {"total": dot(slope, moved)} | rows_of_step
+        stepped = [master.detach() - start for master, start in zip(self.masters, before, strict=True)]
+        # What the forward pass reads is the working copy: before and after, the masters rounded to its precision.
+        moved = [
+            parameter.detach().float() - start.to(parameter.dtype).float()
+            for parameter, start in zip(self.parameters, before, strict=True)
+        ]
+        total = dot(slope, moved)
+        return {"total": total} | rows_of_step | {"rounding": total - dot(slope, stepped)}
 
     def _part_gradients(
         self, batch: Batch, rows: range, tokens: UpdateTokens, loss: PolicyLoss, scale: float
