@@ -140,6 +140,9 @@ def analyze(
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the view too: FILE.png, FILE.svg or FILE.html.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write everything to one page, REPORT.html, that needs no network.")
+    ] = None,
 ) -> None:
     """Read runs, finished, live or broken, and print a view or the answer to a query.
 
@@ -160,6 +163,11 @@ def analyze(
         from clipctl.follow import follow as show
 
         show(paths)
+        return
+    if html is not None:
+        from clipctl.report import write_report
+
+        print(write_report(paths, html))
         return
     if export is not None:
         from clipctl.exporters import export_paths

@@ -212,11 +212,10 @@ def dots(rows: Sequence[Mapping[str, Any]], *, value: str, x_title: str, title: 
         )
     )
     x = alt.X("value:Q", title=x_title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
-    layers = [
-        base.transform_filter("isValid(datum.low)")
-        .mark_rule(strokeWidth=2, color=COLORS[0])
-        .encode(x=alt.X("low:Q", scale=alt.Scale(zero=False)), x2="high:Q")
-    ]
+    layers = []
+    if any(row["low"] is not None for row in values):
+        interval = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2, color=COLORS[0])
+        layers.append(interval.encode(x=alt.X("low:Q", scale=alt.Scale(zero=False)), x2="high:Q"))
     if rule is not None:
         layers.insert(0, alt.Chart(data([{"at": rule}])).mark_rule(color="#888888", strokeDash=[2, 3]).encode(x="at:Q"))
     layers.append(

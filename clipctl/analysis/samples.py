@@ -115,3 +115,17 @@ def marked_text(tokens: Sequence[Mapping[str, Any]]) -> str:
         arrows = "↓" * bool(token["clip_low"]) + "↑" * bool(token["clip_high"])
         parts.append(f"⟪{token_text(token)}⟫{arrows}" if arrows else token_text(token))
     return "".join(parts)
+
+
+def marked_parts(tokens: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The response in parts, each with `clip-low` or `clip-high` (the one that was more often) where it was clipped, else
+    with an empty word."""
+    parts: list[tuple[str, str]] = []
+    for token in tokens:
+        low, high = token["clip_low"] or 0, token["clip_high"] or 0
+        clip = "" if not low + high else "clip-low" if low >= high else "clip-high"
+        if parts and not clip and not parts[-1][1]:
+            parts[-1] = (parts[-1][0] + token_text(token), "")
+        else:
+            parts.append((token_text(token), clip))
+    return parts
