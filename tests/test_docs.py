@@ -1,6 +1,7 @@
 """README says what the code does: every command, option, preset, metric and file is in it, and its Python runs."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,29 @@ def test_every_option_of_train_is_named() -> None:
 def test_user_documents_do_not_name_the_developers_folders() -> None:
     for document in [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "clipctl" / "tiny" / "README.md"]:
         assert "../shared" not in document.read_text()
+
+
+ANALYSES = [
+    line.split("    #")[0].strip() for line in re.findall(r"^    (clipctl analyze runs/.*)", README, re.MULTILINE)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ANALYSES)
+def test_every_analysis_in_readme_runs(command: str, tmp_path: Path) -> None:
+    from test_store import SPEC, write
+
+    from clipctl.journal import create_run
+
+    for name in ("a", "b"):
+        writer = create_run(tmp_path / "runs", name, SPEC, "tiny")
+        for rollout in range(2):
+            write(writer, rollout)
+        writer.close("finished", "")
+    words = [sys.executable, "-m", *shlex.split(command)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
 
 
 @pytest.mark.slow
