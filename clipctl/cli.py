@@ -99,6 +99,80 @@ def train(
     print(folder)
 
 
+@app.command("eval")
+def evaluation(
+    run: Annotated[
+        str | None,
+        typer.Option(metavar="RUN[@ROLLOUT]", help="A run's folder or name; its last checkpoint, or that one."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model by itself: hub name, folder, .gguf file or known name.")
+    ] = None,
+    benchmarks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--benchmark",
+            metavar="NAME",
+            help="gsm8k, math500, amc23, aime24, aime25, svamp, arith, NAME=FILE or a file; may be repeated.",
+        ),
+    ] = None,
+    k: Annotated[int | None, typer.Option("-k", help="eval.k: samples of each problem.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="eval.temperature; 0 takes the likeliest token.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="eval.top_p: the nucleus.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="eval.max_response_tokens.")] = None,
+    limit: Annotated[int | None, typer.Option(help="eval.limit: the first N problems of each benchmark.")] = None,
+    seed: Annotated[int | None, typer.Option(help="eval.seed: key of the draws.")] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Any key of eval, model, engine, arith, grading; may be repeated."
+        ),
+    ] = None,
+    runs_dir: RunsDir = Path("runs"),
+    name: Annotated[str | None, typer.Option(help="Folder name; without it made from what is evaluated.")] = None,
+    output: Annotated[str, typer.Option("--format", help="table, json or csv.")] = "table",
+    compare: Annotated[
+        str | None,
+        typer.Option(metavar="EVAL", help="An evaluation, or RUN[@ROLLOUT] with its own: paired on problems."),
+    ] = None,
+) -> None:
+    """Evaluate a run's checkpoint or a model: mean@k, pass@k, cons@k with 95 % intervals over problems.
+
+    The same command goes on where it was stopped, and shows the numbers again when it is finished.
+
+    Examples: clipctl eval --run runs/tiny-a@40 --benchmark arith | clipctl eval --model qwen2.5-3b-instruct --benchmark
+    gsm8k --benchmark math500 -k 8 --set engine.device=cuda
+    """
+    from clipctl.eval_report import check_format, eval_report, find_evaluation
+    from clipctl.eval_spec import resolve_eval_spec
+    from clipctl.spec import nest, parse_assignment
+
+    check_format(output)
+    if (run is None) == (model is None):
+        raise SpecError("eval: give one of --run RUN[@ROLLOUT] and --model M")
+    other = None if compare is None else find_evaluation(compare, runs_dir, "--compare")
+    from clipctl.eval_runner import model_target, run_evaluation, run_target
+    from clipctl.progress import show_eval_progress
+
+    flags: dict[str, Any] = {
+        "eval.benchmarks": tuple(benchmarks) if benchmarks else None,
+        "eval.k": k,
+        "eval.temperature": temperature,
+        "eval.top_p": top_p,
+        "eval.max_response_tokens": max_tokens,
+        "eval.limit": limit,
+        "eval.seed": seed,
+    }
+    resolved = resolve_eval_spec(
+        run_target(run, runs_dir) if run is not None else model_target(str(model)),
+        nest(dict(parse_assignment(text) for text in assignments or ())),
+        nest({key: value for key, value in flags.items() if value is not None}),
+    )
+    with show_eval_progress() as (report, tell):
+        folder = run_evaluation(resolved, runs_dir=runs_dir, name=name, report=report, tell=tell)
+    print(eval_report(folder, output, sys.stdout.isatty(), other))
+
+
 @app.command()
 def analyze(
     paths: Annotated[list[Path], typer.Argument(help="Runs, or folders of runs.")],

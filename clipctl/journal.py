@@ -18,7 +18,7 @@ from typing import Any
 from clipctl import __version__
 from clipctl.errors import SpecError, StoreError
 from clipctl.fold import fold
-from clipctl.folder import HEARTBEAT_SECONDS
+from clipctl.folder import HEARTBEAT_SECONDS, read_json, usable_status
 from clipctl.schema import SCHEMA_VERSION
 from clipctl.segments import sync, write_segment, write_whole
 
@@ -61,14 +61,26 @@ def _taken(folder: Path) -> SpecError:
     )
 
 
-class RunWriter:
-    """Writes one run. Every method raises StoreError, and leaves what was committed readable, when the disk fails."""
+def continue_evaluation(folder: Path, spec_json: str) -> "RunWriter":
+    """The next attempt of an evaluation that did not finish; what it has stays as it is. Raises StoreError."""
+    problems: list[str] = []
+    status = usable_status(read_json(folder / "status.json", problems), problems)
+    if problems:
+        raise StoreError(f"{folder}: {problems[0]}; remove the folder, or give another --name")
+    return RunWriter(folder, spec_json, status["preset"], before=status)
 
-    def __init__(self, folder: Path, spec_json: str, label: str) -> None:
+
+class RunWriter:
+    """Writes one run. Every method raises StoreError, and leaves what was committed readable, when the disk fails.
+
+    before: the status that an earlier attempt left.
+    """
+
+    def __init__(self, folder: Path, spec_json: str, label: str, *, before: Mapping[str, Any] | None = None) -> None:
         import threading
 
         self.folder = folder
-        self.attempt = 0
+        self.attempt = 0 if before is None else int(before["attempt"]) + 1
         self._events = 0
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -79,7 +91,7 @@ class RunWriter:
             "name": folder.name,
             "preset": label,
             "state": "running",
-            "created_at": now,
+            "created_at": now if before is None else before["created_at"],
             "finished_at": None,
             "heartbeat": now,
             "rollouts": 0,
@@ -92,8 +104,8 @@ class RunWriter:
             "git_commit": _git_commit(),
         }
         with self._disk():
-            (folder / "journal").mkdir()
-            (folder / "checkpoints").mkdir()
+            for name in ("journal", "checkpoints"):
+                (folder / name).mkdir(exist_ok=before is not None)
             write_whole(folder / "spec.json", spec_json.encode())
             self._write_status()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
@@ -110,10 +122,13 @@ class RunWriter:
                 self._write_status()
 
     def write_evaluation(self, number: int, rollout: int | None, tables: Mapping[str, Mapping[str, Any]]) -> None:
-        """Commits rows of `evals`, `eval_texts` and `evaluations` (table → column → values), the last one last: samples count
-        once their `evaluations` row is there. number: of the segments, not used before in this attempt."""
+        """Commits rows of `eval_texts`, `evals` and `evaluations` (table → column → values), in this order: a sample is there
+        with its text or not at all, and samples count once their `evaluations` row is there.
+
+        number: of the segments, not used before in this attempt.
+        """
         with self._disk():
-            for table in ("evals", "eval_texts", "evaluations"):
+            for table in ("eval_texts", "evals", "evaluations"):
                 if table in tables:
                     rows = max(map(len, tables[table].values()))
                     columns = {"rollout": [rollout] * rows} | dict(tables[table])

@@ -5,8 +5,10 @@ Estimates are marked as such; everything else follows from the spec and the mode
 
 from dataclasses import dataclass
 
+from clipctl.benchmarks import parse_benchmark
 from clipctl.models import ModelShape, model_shape
 from clipctl.spec import RunSpec
+from clipctl.tasks import ARITH_TEST, TASKS
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 ROW_BYTES = {"samples": 90, "updates": 300, "rollouts": 300, "tokens": 16, "histograms": 20}
@@ -227,7 +229,7 @@ def plan_lines(plan: Plan) -> list[str]:
         lines.append(
             _line("zero advantage", f"{plan.zero_advantage_share:.2%} of the groups expected ({_share_formula(spec)})")
         )
-    lines += _memory_lines(plan) + _disk_lines(plan)
+    lines += _eval_lines(plan) + _memory_lines(plan) + _disk_lines(plan)
     return lines + [f"warning: {warning}" for warning in plan.warnings]
 
 
@@ -332,6 +334,43 @@ def _weight_words(spec: RunSpec) -> str:
 def _share_formula(spec: RunSpec) -> str:
     formulas = {"bernoulli": "p^G + (1-p)^G", "rademacher": "2·0.5^G"}
     return formulas.get(spec.reward.kind, "continuous rewards are never equal")
+
+
+def _eval_lines(plan: Plan) -> list[str]:
+    """When what is evaluated, and what it costs in tokens beside training."""
+    spec, after = plan.spec, plan.spec.evaluated_after
+    if not after:
+        return []
+    settings = spec.eval
+    problems = eval_problems(spec)
+    known = sum(count for count in problems.values() if count is not None)
+    tokens = known * settings.k * (settings.max_response_tokens or spec.rollout.max_response_tokens)
+    first = ", ".join(map(str, after[:3]))
+    when = first if len(after) <= 3 else f"{first} … {after[-1]}"
+    names = ", ".join(f"{name} ({'?' if count is None else count} problems)" for name, count in problems.items())
+    share = len(after) * tokens / (spec.run.steps * plan.max_response_tokens)
+    lines = [
+        _line("evaluation", f"{names}, {settings.k} samples each, after {when} rollouts ({len(after)} times)"),
+        _more(
+            f"at most {tokens:,} response tokens each time, {len(after) * tokens:,} in all: {share:.0%} of what the rollouts may "
+            "sample"
+        ),
+    ]
+    if None in problems.values():
+        lines.append(_more("problems of files are counted when they are read, and come on top"))
+    if settings.reuse:
+        lines.append(_more("the base model's numbers are reused where the cache has them"))
+    return lines
+
+
+def eval_problems(spec: RunSpec) -> dict[str, int | None]:
+    """Problems of each benchmark of `[eval]`, None for files, which are not read here. Raises SpecError for unknown names."""
+    found: dict[str, int | None] = {}
+    for name, path in map(parse_benchmark, spec.eval.benchmarks):
+        count = ARITH_TEST if name == "arith" else dict(TASKS[name].rows).get("test") if name in TASKS else None
+        limit = spec.eval.limit
+        found[name] = None if path is not None or count is None else count if limit is None else min(count, limit)
+    return found
 
 
 def _memory_lines(plan: Plan) -> list[str]:

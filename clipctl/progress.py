@@ -3,10 +3,15 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from time import monotonic
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from clipctl.evaluate import EvalReport
     from clipctl.train import Report
+
+LINE_SECONDS = 10.0
+"""Least time between two lines of an evaluation where there is no terminal."""
 
 
 @contextmanager
@@ -32,6 +37,45 @@ def show_progress(steps: int) -> Iterator[tuple[Callable[["Report"], None], Call
             lambda report: progress.update(task, completed=report.rollout + 1, description=figures(report)),
             lambda line: progress.console.print(line, markup=False, highlight=False, soft_wrap=True),
         )
+
+
+@contextmanager
+def show_eval_progress() -> Iterator[tuple[Callable[["EvalReport"], None], Callable[[str], None]]]:
+    """The same for an evaluation: a bar over problems, or a line now and then and when all are done."""
+    if not sys.stderr.isatty():
+        last = [-LINE_SECONDS]
+
+        def report_line(report: "EvalReport") -> None:
+            if monotonic() - last[0] >= LINE_SECONDS or report.problems == report.problems_of:
+                last[0] = monotonic()
+                print_line(f"evaluated {report.problems}/{report.problems_of} problems  {eval_figures(report)}")
+
+        yield report_line, print_line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("problems"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
+        TextColumn("{task.description}", markup=False),
+        TextColumn("ETA"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=Console(stderr=True), expand=False) as progress:
+        task = progress.add_task("starting", total=None)
+        yield (
+            lambda report: progress.update(
+                task, completed=report.problems, total=report.problems_of, description=eval_figures(report)
+            ),
+            lambda line: progress.console.print(line, markup=False, highlight=False, soft_wrap=True),
+        )
+
+
+def eval_figures(report: "EvalReport") -> str:
+    """Share of correct samples and speed."""
+    return f"correct {report.correct / max(report.samples, 1):.3f}  {report.tokens_per_second:.0f} tokens/s"
 
 
 def print_line(line: str) -> None:

@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -265,13 +265,58 @@ class Engine(Group):
     """Recompute activations in the backward pass: less memory, about a third more compute."""
 
 
-class Eval(Group):
-    """Settings of `clipctl eval` on this run's model."""
+class EvalFile(Group):
+    """How a benchmark that is a file of your own is read and graded."""
+
+    question_field: Annotated[str, Field(min_length=1)] = "question"
+    """Field of the question."""
+    answer_field: Annotated[str, Field(min_length=1)] = "answer"
+    """Field of the answer."""
+    grader: Literal["gsm8k", "math"] = "math"
+    """`gsm8k`: string match of the last number; `math`: Math-Verify."""
+    template: str | None = None
+    """Prompt text with `{question}`; none: the question, then the instruction that the grader needs."""
+
+
+class EvalSettings(Group):
+    """What is evaluated and how it is sampled."""
 
     benchmarks: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    k: Count = 8
+    """Names, NAME=FILE, or files (JSONL or Parquet)."""
+    k: Annotated[int, Field(ge=1, le=2**15)] = 8
+    """Samples of each problem."""
     temperature: NonNegative = 1.0
+    """Of the sampler; 0 takes the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Nucleus of the sampler."""
+    limit: Count | None = None
+    """The first N problems of each benchmark; none: all."""
+    max_response_tokens: Count | None = None
+    """Responses are cut here; none: at rollout.max_response_tokens."""
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    """Key of the draws: the same problem gets the same ones at every rollout."""
+    reuse: bool = True
+    """Take the numbers of an unchanged model under the same settings from the cache."""
+    file: EvalFile = EvalFile()
+
+    @model_validator(mode="after")
+    def _greedy_samples_are_one(self) -> Self:
+        if self.temperature == 0 and self.k > 1:
+            raise ValueError(f"k = {self.k}: at temperature 0 all samples are the same; use 1")
+        return self
+
+
+class Eval(EvalSettings):
+    """Evaluation during training; what `clipctl eval` takes where it is not told otherwise."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    """Rollouts between evaluations; the base model and the last one are evaluated too. 0: no evaluation in training."""
+
+    @model_validator(mode="after")
+    def _something_is_evaluated(self) -> Self:
+        if self.every and not self.benchmarks:
+            raise ValueError(f"every = {self.every} needs benchmarks, such as eval.benchmarks = ['gsm8k']")
+        return self
 
 
 class Ledger(Group):
@@ -365,6 +410,11 @@ class RunSpec(Group):
         """Optimizer steps of one rollout."""
         return self.responses * self.optim.epochs // self.optim.responses_per_update
 
+    @property
+    def evaluated_after(self) -> list[int]:
+        """Numbers of rollouts after which the policy is evaluated: 0, every `eval.every`, and the last."""
+        return sorted({*range(0, self.run.steps, self.eval.every), self.run.steps}) if self.eval.every else []
+
     @model_validator(mode="after")
     def _whole_groups(self) -> Self:
         size, group = self.optim.responses_per_update, self.rollout.group_size
@@ -409,7 +459,7 @@ def preset_text(name: str) -> str:
     """The TOML text of a preset. Raises SpecError for an unknown name."""
     names = preset_names()
     if name not in names:
-        raise SpecError(f"--preset: no preset {name!r}{_nearest(name, names)}; known: {', '.join(names)}")
+        raise SpecError(f"--preset: no preset {name!r}{nearest(name, names)}; known: {', '.join(names)}")
     return (_presets_folder() / f"{name}.toml").read_text()
 
 
@@ -441,13 +491,27 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def resolve_spec(*layers: Mapping[str, Any]) -> RunSpec:
     """One spec from layers of nested dicts, later ones over earlier ones. Raises SpecError."""
+    merged = overlay(*layers)
+    return validate(RunSpec, merged)
+
+
+Spec = TypeVar("Spec", bound=BaseModel)
+
+
+def validate(model: type[Spec], layer: Mapping[str, Any]) -> Spec:
+    """The spec of nested dicts. Raises SpecError in one line, with the nearest right key for an unknown one."""
+    try:
+        return model.model_validate(layer)
+    except ValidationError as error:
+        raise SpecError(_one_line(error, model)) from None
+
+
+def overlay(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts, later ones over earlier ones."""
     merged: dict[str, Any] = {}
     for layer in layers:
         merged = _overlay(merged, layer)
-    try:
-        return RunSpec.model_validate(merged)
-    except ValidationError as error:
-        raise SpecError(_one_line(error)) from None
+    return merged
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -486,7 +550,7 @@ def spec_from_json(text: str) -> RunSpec:
     try:
         return RunSpec.model_validate_json(text, strict=False)
     except ValidationError as error:
-        raise SpecError(_one_line(error)) from None
+        raise SpecError(_one_line(error, RunSpec)) from None
 
 
 def schema_json() -> str:
@@ -494,7 +558,7 @@ def schema_json() -> str:
     return json.dumps(RunSpec.model_json_schema(), indent=2)
 
 
-def flatten(spec: RunSpec) -> dict[str, Any]:
+def flatten(spec: BaseModel) -> dict[str, Any]:
     """The resolved spec as dotted keys, infinity as a float."""
     return dict(_flat(spec.model_dump()))
 
@@ -527,17 +591,17 @@ def _changes_kind(under: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
     return bool(value.get("kind", under.get("kind")) != under.get("kind"))
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
     """The first problem: unknown keys first, since another complaint may only follow from them."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
     dotted = _written_key(problem["loc"])
     match problem["type"]:
         case "extra_forbidden":
-            return _unknown_key(dotted, problem["loc"])
+            return _unknown_key(dotted, problem["loc"], model)
         case "union_tag_invalid":
             found = str(problem["ctx"]["tag"])
-            return f"{dotted}.kind: {found!r} is not one of {', '.join(_KINDS)}{_nearest(found, _KINDS)}"
+            return f"{dotted}.kind: {found!r} is not one of {', '.join(_KINDS)}{nearest(found, _KINDS)}"
         case "union_tag_not_found":
             return f"{dotted}.kind: missing; one of {', '.join(_KINDS)}"
         case "missing" if dotted in ("model", "model.path"):
@@ -547,7 +611,7 @@ def _one_line(error: ValidationError) -> str:
         case "missing":
             return f"{dotted}: missing; give it in the spec file or with --set {dotted}=VALUE, or start from a --preset"
         case "model_type" | "model_attributes_type":
-            keys = ", ".join(dict.fromkeys(key for key in _known_keys() if key.startswith(f"{dotted}.")))
+            keys = ", ".join(dict.fromkeys(key for key in _model_keys(model) if key.startswith(f"{dotted}.")))
             return f"{dotted}: is a group of keys ({keys}), found {problem['input']!r}"
         case "tuple_type":
             return f"{dotted}: takes a list, such as '[\"…\"]' or '[0.1, 0.2]', found {problem['input']!r}"
@@ -570,15 +634,15 @@ def _written_key(loc: tuple[int | str, ...]) -> str:
     return ".".join(name for name in names if isinstance(name, str))
 
 
-def _unknown_key(dotted: str, loc: tuple[int | str, ...]) -> str:
-    known = list(_known_keys())
+def _unknown_key(dotted: str, loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
+    known = list(_model_keys(model))
     if dotted in known:
         owners = [kind for kind, options in _REWARDS.items() if loc[-1] in options]
         return f"{dotted}: not a key of reward.kind = {loc[1]!r}, only of {', '.join(owners)}"
-    return f"{dotted}: unknown key{_nearest(dotted, known) or _nearest(dotted, list(RunSpec.model_fields))}"
+    return f"{dotted}: unknown key{nearest(dotted, known) or nearest(dotted, list(model.model_fields))}"
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
     """` (did you mean …?)`, by the whole dotted key, else by its last part."""
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not match:
@@ -587,10 +651,6 @@ def _nearest(name: str, known: list[str]) -> str:
             by_last[last] for last in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(by_last), n=1, cutoff=0.6)
         ]
     return f" (did you mean {match[0]}?)" if match else ""
-
-
-def _known_keys() -> Iterator[str]:
-    yield from _model_keys(RunSpec)
 
 
 def _model_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

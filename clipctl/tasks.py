@@ -24,6 +24,8 @@ BOXED_TEMPLATE = "{question}\n\nPlease reason step by step, and put your final a
 
 CONVERTED = "refs/convert/parquet"
 """The hub's own Parquet copy of a dataset, the same path for every one: <config>/<split>/0000.parquet."""
+ARITH_TEST = 512
+"""Problems of arith's test split."""
 GOLD_SECONDS = 5
 """Limit for parsing one gold answer."""
 
@@ -304,7 +306,8 @@ def find_field(row: Row, field: str) -> object:
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise DataError(
                 f"{row.place}: no field {field!r}{hint}; it has {', '.join(known) or 'none'}: "
-                "set data.question_field and data.answer_field"
+                "set data.question_field and data.answer_field (of a benchmark: eval.file.question_field and "
+                "eval.file.answer_field)"
             )
         value = value[part]
     return value
@@ -384,11 +387,11 @@ READERS = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
 
 
 def _arith_rows(data: Data) -> Iterator[Row]:
-    """Train: `arith.problems` of them; test: the 512 that follow, so that no problem is in both."""
+    """Train: `arith.problems` of them; test: the ARITH_TEST that follow, so that no problem is in both."""
     from clipctl.arith import arith_problems
 
     first, last = (
-        (0, data.arith.problems) if data.split == "train" else (data.arith.problems, data.arith.problems + 512)
+        (0, data.arith.problems) if data.split == "train" else (data.arith.problems, data.arith.problems + ARITH_TEST)
     )
     for number, (question, answer) in enumerate(arith_problems(data.arith.style, last, data.arith.seed)[first:]):
         yield Row(f"arith {data.arith.style}, problem {number}", {"question": question, "answer": answer})

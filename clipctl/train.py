@@ -12,8 +12,8 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from functools import reduce
 from pathlib import Path
 from time import perf_counter
@@ -26,9 +26,22 @@ from numpy.typing import NDArray
 
 from clipctl.alarms import RolloutFacts, new_alarms
 from clipctl.algo import group_advantages, overlong_penalty
+from clipctl.benchmarks import Benchmark, load_benchmarks
 from clipctl.control import TOLERANCE, ControlState, held, next_action, start_control
 from clipctl.engine import EnginePair, Measure, Scores, UpdateResult, open_engine
 from clipctl.errors import AlarmStop, DataError, DivergedError, EngineError, Interrupted, SpecError
+from clipctl.eval_cache import model_hash
+from clipctl.evaluate import (
+    Evaluator,
+    Rows,
+    Setup,
+    check_eval_context,
+    evaluate,
+    evaluation_columns,
+    evaluation_words,
+    reuse_keys,
+    segments_of,
+)
 from clipctl.journal import RunWriter, check_place, create_run
 from clipctl.loss import PolicyLoss
 from clipctl.models import ChatTokenizer, check_device, find_model, load_tokenizer, stop_ids
@@ -95,9 +108,18 @@ class Job:
     params: SamplingParams
     scorer: Scorer
     engine: EnginePair
+    evaluation: "PolicyEvaluation | None"
     writer: RunWriter
     report: Callable[[Report], None]
     warn: Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyEvaluation:
+    """What the policy is evaluated on during training, and how. setup: of the base model; its files have a hash."""
+
+    benchmarks: list[Benchmark]
+    setup: Setup
 
 
 def print_warning(line: str) -> None:
@@ -127,6 +149,7 @@ def train(
     tokenizer = load_tokenizer(folder, spec.model.chat_template)
     data = tokenize(problems, tokenizer, spec.rollout.max_prompt_tokens)
     check_context(spec, data, folder)
+    evaluation = load_evaluation(spec, tokenizer, folder) if spec.eval.every else None
     writer = create_run(Path(runs_dir), name, spec_json(spec), label)
     with ExitStack() as stack:
         try:
@@ -140,7 +163,7 @@ def train(
                 spec.rollout.top_p,
                 stop_ids(folder, tokenizer),
             )
-            job = Job(spec, data, tokenizer, params, scorer, engine, writer, report, warn)
+            job = Job(spec, data, tokenizer, params, scorer, engine, evaluation, writer, report, warn)
             note_choices(job)
             run_rollouts(job)
         except KeyboardInterrupt:
@@ -172,6 +195,8 @@ def run_rollouts(job: Job) -> None:
     history: list[RolloutFacts] = []
     control: ControlState | None = None
     profiled: list[Update] = []
+    if job.evaluation is not None:
+        evaluate_policy(job, job.evaluation, 0)
     for rollout in range(spec.run.steps):
         drawn = draw_groups(job, rollout, position)
         position = drawn.next_position
@@ -195,6 +220,8 @@ def run_rollouts(job: Job) -> None:
         raise_alarms(job, history, control)
         if rollout + 1 == spec.run.steps or (spec.checkpoint.every and (rollout + 1) % spec.checkpoint.every == 0):
             save_model(job, rollout + 1, control)
+        if job.evaluation is not None and rollout + 1 in spec.evaluated_after:
+            evaluate_policy(job, job.evaluation, rollout + 1)
     note_control(job, control)
 
 
@@ -385,6 +412,52 @@ def check_context(spec: RunSpec, data: Tokenized, folder: Path) -> None:
             f"that exceeds the {shape.context} positions of {spec.model.path}; at most "
             f"{shape.context - longest}, or lower rollout.max_prompt_tokens"
         )
+
+
+def load_evaluation(spec: RunSpec, tokenizer: ChatTokenizer, folder: Path) -> PolicyEvaluation:
+    """The benchmarks of `[eval]`. Raises SpecError and DataError for what cannot be evaluated."""
+    max_tokens = spec.eval.max_response_tokens or spec.rollout.max_response_tokens
+    benchmarks = load_benchmarks(spec.eval, spec.data.arith)
+    check_eval_context(benchmarks, tokenizer, max_tokens, folder, spec.model.path)
+    hash_ = model_hash(folder) if spec.eval.reuse else None
+    setup = Setup(spec.model, spec.engine, spec.eval, max_tokens, tokenizer.tokenizer.chat_template, hash_)
+    return PolicyEvaluation(benchmarks, setup)
+
+
+def evaluate_policy(job: Job, evaluation: PolicyEvaluation, rollouts: int) -> None:
+    """Evaluates the policy after so many rollouts and stores it; 0 is the base model, whose numbers may be those of another
+    run. What is finished when the run is stopped is stored too."""
+    benchmarks = evaluation.benchmarks
+    setup = evaluation.setup if rollouts == 0 else replace(evaluation.setup, model_hash=None)
+    rows: dict[str, list[Any]] = {}
+    reused: dict[str, str] = {}
+    started, started_at = perf_counter(), datetime.now(UTC).replace(tzinfo=None)
+
+    def keep(more: Rows) -> None:
+        for name, values in more.items():
+            rows.setdefault(name, []).extend(values)
+
+    def take(benchmark: str, made_by: str, more: Rows) -> None:
+        reused[benchmark] = made_by
+        keep(more)
+
+    def finished(benchmark: Benchmark) -> tuple[str, Rows]:
+        mine = [at for at, name in enumerate(rows["benchmark"]) if name == benchmark.name]
+        mine.sort(key=lambda at: (rows["position"][at], rows["sample"][at]))
+        return f"{job.writer.folder.name}@0", {name: [values[at] for at in mine] for name, values in rows.items()}
+
+    stops, pool = job.params.stop_ids, job.scorer.pool
+    evaluator = Evaluator(lambda: job.engine.sampler, job.tokenizer, stops, pool, setup)
+    try:
+        evaluate(evaluator, benchmarks, reuse_keys(benchmarks, setup), keep, take, finished, tell=job.warn)
+    finally:
+        if rows:
+            columns = evaluation_columns(benchmarks, setup, reused, started_at, perf_counter() - started)
+            job.writer.write_evaluation(rollouts, rollouts, segments_of(rows) | {"evaluations": columns})
+    for name, words in evaluation_words(rows).items():
+        by = f", reused from {reused[name]}" if name in reused else ""
+        message = f"after {rollouts} rollouts: {name} {words}, {perf_counter() - started:.1f} s{by}"
+        tell(job, "evaluation", message, rollouts, {"benchmark": name, "reused_from": reused.get(name)})
 
 
 def note_choices(job: Job) -> None:

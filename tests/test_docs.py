@@ -43,9 +43,10 @@ def test_every_module_is_in_the_table_of_files() -> None:
             assert module.name in files, module.name
 
 
-def test_every_option_of_train_is_named() -> None:
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_every_option_is_named(command: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "clipctl", "train", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "clipctl", command, "--help"], capture_output=True, text=True, check=True
     )
     for option in set(re.findall(r"--[a-z-]+", done.stdout)) - {"--help"}:
         assert option in README, option

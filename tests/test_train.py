@@ -209,6 +209,36 @@ def test_reports_follow_the_run(tmp_path: Path) -> None:
     assert all(report.clip_low >= 0 and report.tokens_per_second > 0 for report in reports)
 
 
+SERIES = {
+    "samples": "select * exclude (run_id) from samples order by all",
+    "updates": "select * exclude (run_id) from updates order by rollout, inner_step",
+}
+
+
+def test_evaluation_changes_nothing_of_the_run_and_the_base_is_evaluated_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIPCTL_CACHE", str(tmp_path / "cache"))
+    evaluation = {"eval.every": 2, "eval.benchmarks": ("arith",), "eval.k": 2, "eval.limit": 5}
+    told: list[str] = []
+    plain, first, second = (
+        train(load_spec("tiny", SMALL | more | {"run.name": name, "run.steps": 3}), runs_dir=tmp_path, warn=told.append)
+        for name, more in [("plain", {}), ("first", evaluation), ("second", evaluation)]
+    )
+    for query in SERIES.values():
+        assert rows(first, query) == rows(plain, query)
+    weights = [(folder / "checkpoints" / "3" / "model.safetensors").read_bytes() for folder in (plain, first, second)]
+    assert weights[0] == weights[1] == weights[2]
+    found = "select eval_id, rollout, problems, complete, reused_from from evaluations order by rollout"
+    assert rows(first, found) == [(f"first@{rollout}", rollout, 5, True, None) for rollout in (0, 2, 3)]
+    assert [row[4] for row in rows(second, found)] == ["first@0", None, None]
+    samples = "select rollout, position, sample, outcome, text from evals order by all"
+    assert rows(first, samples) == rows(second, samples)
+    assert len(rows(first, samples)) == 3 * 5 * 2
+    assert any("after 0 rollouts: arith mean@2" in line and "reused from first@0" in line for line in told)
+    assert rows(plain, "select count(*) from evaluations") == [(0,)]
+
+
 def test_dynamic_sampling_replaces_groups_without_advantage(tmp_path: Path) -> None:
     folder = run(tmp_path, overrides={"rollout.dynamic_sampling": True, "rollout.max_refills": 8, "run.steps": 2})
     for prompts, zero, refills, scored in rows(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from clipctl.rollout import Batch, Completion, Prompt, SamplingParams
-from clipctl.spec import RunSpec
+from clipctl.spec import Engine, Model, RunSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,3 +132,16 @@ def open_engine(spec: RunSpec, model_folder: Path) -> EnginePair:
     set_up_torch(spec.engine)
     model = use_grouped_attention(load_causal_lm(model_folder, spec.model.dtype, spec.engine.device))
     return EnginePair(TorchSampler(model, spec.engine.sampler_rows), TorchTrainer(model, spec))
+
+
+def open_sampler(engine: Engine, model: Model, model_folder: Path) -> Sampler:
+    """The sampler alone, with the model of `model_folder`: no gradients, no optimizer."""
+    from clipctl.engine.attention import use_grouped_attention
+    from clipctl.engine.torch_sampler import TorchSampler
+    from clipctl.engine.torch_trainer import set_up_torch
+    from clipctl.models import load_causal_lm
+
+    set_up_torch(engine)
+    return TorchSampler(
+        use_grouped_attention(load_causal_lm(model_folder, model.dtype, engine.device)), engine.sampler_rows
+    )
