@@ -9,4 +9,4 @@ bin=.venv/bin
 "$bin/ruff" format --check .
 "$bin/mypy"
 "$bin/lint-imports"
-"$bin/pytest" -m "slow or not slow" "$@"
+"$bin/pytest" -m "not soak" "$@"

@@ -5,7 +5,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -60,11 +60,17 @@ def train(
     model: Annotated[str | None, typer.Option(help="model.path: a known or hub name, a folder, a .gguf.")] = None,
     name: Annotated[str | None, typer.Option(help="run.name; without it <preset>-<date>-<4 hex>.")] = None,
     runs_dir: RunsDir = Path("runs"),
+    resume: Annotated[
+        Literal["auto", "never", "must"],
+        typer.Option(
+            help="With --name: go on with a run of that name or start it; refuse one that exists; or that does not."
+        ),
+    ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen and why; start nothing.")] = False,
 ) -> None:
-    """Train a model; prints the run's folder.
+    """Train a model; prints the run's folder. With --name, the same command again goes on where the run was interrupted.
 
-    Example: clipctl train --preset qwen3b-gsm8k --eps-low 0.15 --no-clip-high
+    Example: clipctl train --preset qwen3b-gsm8k --eps-low 0.15 --no-clip-high --name first
     """
     from clipctl.spec import nest, parse_assignment, preset_layer, read_toml, resolve_spec
 
@@ -87,15 +93,19 @@ def train(
 
         print("\n".join(plan_lines(make_plan(resolved))))
         return
+    from clipctl.interrupts import catch_signals
     from clipctl.plan import clip_warnings
-    from clipctl.progress import show_progress
-    from clipctl.train import train as run
 
     for warning in clip_warnings(resolved):
         print(f"warning: {warning}", file=sys.stderr)
     label = preset or (spec.stem if spec else resolved.data.task)
-    with show_progress(resolved.run.steps) as (report, warn):
-        folder = run(resolved, runs_dir=runs_dir, label=label, report=report, warn=warn)
+    with catch_signals() as stop:
+        # A signal counts from here on, while torch is still being loaded.
+        with stop.interruptible():
+            from clipctl.progress import show_progress
+            from clipctl.train import train as run
+        with show_progress(resolved.run.steps) as (report, warn):
+            folder = run(resolved, runs_dir=runs_dir, label=label, resume=resume, report=report, warn=warn)
     print(folder)
 
 

@@ -63,3 +63,9 @@ class Interrupted(ClipctlError):
     """The user stopped the run by hand (Ctrl-C); what was measured is kept."""
 
     exit_code = 130
+
+
+class Preempted(ClipctlError):
+    """A signal or the end of a job's time interrupted the run; the same command goes on with it."""
+
+    exit_code = 75

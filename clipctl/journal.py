@@ -11,14 +11,16 @@ import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from clipctl import __version__
 from clipctl.errors import SpecError, StoreError
 from clipctl.fold import fold
-from clipctl.folder import HEARTBEAT_SECONDS, read_json, usable_status
+from clipctl.folder import read_json, usable_status
+from clipctl.lock import BEAT_SECONDS, lock_run
 from clipctl.schema import SCHEMA_VERSION
 from clipctl.segments import sync, write_segment, write_whole
 
@@ -26,93 +28,122 @@ from clipctl.segments import sync, write_segment, write_whole
 def create_run(runs_dir: Path, name: str, spec_json: str, label: str) -> "RunWriter":
     """A new run's folder and its only writer. Raises SpecError for a name that exists, StoreError where it cannot write.
 
-    Making the folder is the lock: of two processes that start one name, one is refused.
+    Of two processes that start one name, one makes the folder and the other one is refused.
     """
-    check_place(runs_dir, name)
-    folder = runs_dir / name
+    folder = check_place(runs_dir, name)
     try:
         folder.mkdir()
     except FileExistsError:
-        raise _taken(folder) from None
+        raise taken(folder) from None
     except OSError as error:
         raise StoreError(f"--runs-dir: {folder} cannot be made: {error.strerror}") from None
-    return RunWriter(folder, spec_json, label)
+    return RunWriter(folder, spec_json, label, lock_run(folder))
 
 
-def check_place(runs_dir: Path, name: str) -> None:
-    """Makes the runs folder where it is missing, and raises as `create_run` does for a name that exists: cheap enough
-    to ask before a model is loaded."""
+def check_place(runs_dir: Path, name: str) -> Path:
+    """The run's folder, which may be there or not; the runs folder is made where it is missing. Raises StoreError where it
+    cannot be written: cheap enough to ask before a model is loaded."""
     try:
         runs_dir.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise StoreError(f"--runs-dir: {runs_dir} is not a folder") from None
     except OSError as error:
         raise StoreError(f"--runs-dir: {runs_dir} cannot be made: {error.strerror}") from None
-    if (runs_dir / name).exists():
-        raise _taken(runs_dir / name)
     if not os.access(runs_dir, os.W_OK | os.X_OK):
         raise StoreError(f"--runs-dir: {runs_dir} cannot be written")
+    return runs_dir / name
 
 
-def _taken(folder: Path) -> SpecError:
+def taken(folder: Path) -> SpecError:
+    """The error for a name that must be new and is not."""
     return SpecError(
         f"run.name: {folder.name!r} exists in {folder.parent}; choose another --name, or look at it: "
         f"clipctl analyze {folder}"
     )
 
 
-def continue_evaluation(folder: Path, spec_json: str) -> "RunWriter":
-    """The next attempt of an evaluation that did not finish; what it has stays as it is. Raises StoreError."""
+def continue_evaluation(folder: Path, spec_json: str, lock: IO[str]) -> "RunWriter":
+    """The next attempt of an evaluation that did not finish; what it has stays as it is. lock: of the folder, given back when
+    the writer is closed. Raises StoreError."""
     problems: list[str] = []
     status = usable_status(read_json(folder / "status.json", problems), problems)
     if problems:
         raise StoreError(f"{folder}: {problems[0]}; remove the folder, or give another --name")
-    return RunWriter(folder, spec_json, status["preset"], before=status)
+    return RunWriter(folder, spec_json, status["preset"], lock, before=status)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened. time: UTC. rollout: that it belongs to, None for what belongs to the attempt."""
+
+    time: datetime
+    rollout: int | None
+    kind: str
+    message: str
+    data: Mapping[str, Any]
 
 
 class RunWriter:
-    """Writes one run. Every method raises StoreError, and leaves what was committed readable, when the disk fails.
+    """Writes one attempt at a run. Every method raises StoreError, and leaves what was committed readable, when the disk
+    fails."""
 
-    before: the status that an earlier attempt left.
-    """
-
-    def __init__(self, folder: Path, spec_json: str, label: str, *, before: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spec_json: str,
+        label: str,
+        lock: IO[str],
+        before: Mapping[str, Any] | None = None,
+        resumed_at: int = 0,
+    ) -> None:
+        """lock: of `lock_run`, given back by `close`. before: the status of the attempt before, whose rows from the rollout
+        `resumed_at` on readers will hide."""
         import threading
 
         self.folder = folder
-        self.attempt = 0 if before is None else int(before["attempt"]) + 1
+        self.attempt = before["attempt"] + 1 if before else 0
+        self.recent: list[Event] = []
+        """Events since the last rollout was committed."""
+        self.saved = "the beginning"
+        """Where another attempt would go on from, in words."""
         self._events = 0
+        self._file_lock = lock
         self._lock = threading.Lock()
         self._closed = threading.Event()
         now = _now()
+        resume = {"attempt": self.attempt, "resumed_at": resumed_at, "time": now}
         self._status: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "kind": json.loads(spec_json).get("kind", "run"),
             "name": folder.name,
-            "preset": label,
+            "preset": before.get("preset", label) if before else label,
             "state": "running",
-            "created_at": now if before is None else before["created_at"],
+            "created_at": before["created_at"] if before else now,
             "finished_at": None,
             "heartbeat": now,
-            "rollouts": 0,
+            "rollouts": resumed_at,
             "attempt": self.attempt,
-            "resumes": [],
+            "resumes": [*before["resumes"], resume] if before else [],
             "message": "",
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "version": __version__,
             "git_commit": _git_commit(),
         }
-        with self._disk():
-            for name in ("journal", "checkpoints"):
-                (folder / name).mkdir(exist_ok=before is not None)
-            write_whole(folder / "spec.json", spec_json.encode())
+        with self.disk():
+            (folder / "journal").mkdir(exist_ok=True)
+            (folder / "checkpoints").mkdir(exist_ok=True)
+            for leftover in (folder / "journal").glob(".*"):
+                leftover.unlink()
+            # The spec last: a folder that has one has a status too.
             self._write_status()
+            write_whole(folder / "spec.json", spec_json.encode())
+            sync(folder)
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def write_rollout(self, rollout: int, row: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> None:
         """Commits one rollout: the segments of `tables` (table → column → values), then the `rollouts` row with its time."""
-        with self._disk():
+        with self.disk():
             for table, columns in tables.items():
                 self._segment(table, rollout, columns)
             timed = {"time": _utc(), **row}
@@ -120,6 +151,7 @@ class RunWriter:
             with self._lock:
                 self._status |= {"rollouts": rollout + 1, "heartbeat": _now()}
                 self._write_status()
+            self.recent = []
 
     def write_evaluation(self, number: int, rollout: int | None, tables: Mapping[str, Mapping[str, Any]]) -> None:
         """Commits rows of `eval_texts`, `evals` and `evaluations` (table → column → values), in this order: a sample is there
@@ -127,7 +159,7 @@ class RunWriter:
 
         number: of the segments, not used before in this attempt.
         """
-        with self._disk():
+        with self.disk():
             for table in ("eval_texts", "evals", "evaluations"):
                 if table in tables:
                     rows = max(map(len, tables[table].values()))
@@ -135,49 +167,45 @@ class RunWriter:
                     self._segment(table, number, columns, fill_rollout=False)
 
     def event(
-        self, kind: str, message: str, *, rollout: int | None = None, data: Mapping[str, Any] | None = None
+        self,
+        kind: str,
+        message: str,
+        *,
+        rollout: int | None = None,
+        data: Mapping[str, Any] | None = None,
+        time: datetime | None = None,
     ) -> None:
-        """Commits one event by itself, and a line in log.txt."""
+        """Commits one event by itself, and a line in log.txt. time: of the event, UTC; none: now."""
+        event = Event(time or _utc(), rollout, kind, message, data or {})
         columns: dict[str, Sequence[Any]] = {
-            "time": [_utc()],
+            "time": [event.time],
             "rollout": [rollout],
             "kind": [kind],
             "message": [message],
-            "data": [json.dumps(data or {})],
+            "data": [json.dumps(event.data)],
         }
-        with self._disk():
+        with self.disk():
             self._segment("events", self._events, columns, fill_rollout=False)
             self._events += 1
+            self.recent.append(event)
             with (self.folder / "log.txt").open("a") as log:
                 log.write(f"{_now()} {kind}: {message}\n")
-
-    @contextmanager
-    def new_checkpoint(self, rollouts: int) -> Iterator[Path]:
-        """A folder to save into, which becomes `checkpoints/<rollouts>` when it is complete."""
-        beside = self.folder / "checkpoints" / f".writing-{rollouts}"
-        with self._disk():
-            try:
-                beside.mkdir()
-                yield beside
-                for file in beside.iterdir():
-                    sync(file)
-                beside.rename(beside.with_name(str(rollouts)))
-                sync(beside.parent)
-            finally:
-                shutil.rmtree(beside, ignore_errors=True)
 
     def close(self, state: str, message: str) -> None:
         """Ends the attempt: the state, an event where there is something to say, and the fold into metrics.duckdb."""
         self._closed.set()
-        if message:
-            self.event(state, message)
-        with self._disk(), self._lock:
-            self._status |= {"state": state, "message": message, "finished_at": _now(), "heartbeat": _now()}
-            self._write_status()
-            fold(self.folder)
+        try:
+            if message:
+                self.event(state, message)
+            with self.disk(), self._lock:
+                self._status |= {"state": state, "message": message, "finished_at": _now(), "heartbeat": _now()}
+                self._write_status()
+                fold(self.folder)
+        finally:
+            self._file_lock.close()
 
     def _beat(self) -> None:
-        while not self._closed.wait(HEARTBEAT_SECONDS / 4):
+        while not self._closed.wait(BEAT_SECONDS):
             # A disk that is full for a moment must not make a live run look crashed for good.
             with self._lock, suppress(OSError):
                 if not self._closed.is_set():
@@ -196,7 +224,8 @@ class RunWriter:
         write_segment(self.folder / "journal", stem, table, keys | dict(columns))
 
     @contextmanager
-    def _disk(self) -> Iterator[None]:
+    def disk(self) -> Iterator[None]:
+        """What the disk refuses within the block becomes a StoreError."""
         import safetensors
 
         try:

@@ -49,6 +49,7 @@ class Plan:
     memory: dict[str, int]
     disk_per_rollout: int
     disk_model: int | None
+    disk_checkpoint: int | None
     warnings: list[str]
 
     @property
@@ -72,6 +73,7 @@ def make_plan(spec: RunSpec) -> Plan:
         memory=held,
         disk_per_rollout=disk_per_rollout(spec),
         disk_model=None if shape is None else shape.parameters * _bytes_per_weight(spec),
+        disk_checkpoint=None if shape is None else shape.parameters * checkpoint_bytes_per_weight(spec),
         warnings=clip_warnings(spec) + context_warnings(spec, shape) + memory_warnings(spec, held),
     )
 
@@ -394,11 +396,29 @@ def _disk_lines(plan: Plan) -> list[str]:
             f"at most {_size(plan.disk_per_rollout)} a rollout in the store, {_size(plan.disk_per_rollout * steps)} in all",
         )
     ]
-    if plan.disk_model is not None:
-        every = plan.spec.checkpoint.every
-        saves = 1 + ((steps - 1) // every if every else 0)
-        lines.append(_more(f"{_count(saves, 'saved model')} of {_size(plan.disk_model)}"))
+    if plan.disk_model is not None and plan.disk_checkpoint is not None:
+        kept, alone = kept_checkpoints(plan.spec)
+        others = f", {_count(alone, 'model')} alone of {_size(plan.disk_model)}" if alone else ""
+        lines.append(
+            _more(
+                f"{_count(kept, 'checkpoint')} of {_size(plan.disk_checkpoint)}{others}, and one more while it is written"
+            )
+        )
     return lines
+
+
+def checkpoint_bytes_per_weight(spec: RunSpec) -> int:
+    """Bytes of a checkpoint for each weight: itself, a float32 master where it is bfloat16, AdamW's two moments."""
+    return _bytes_per_weight(spec) + 4 * (spec.model.dtype == "bfloat16") + 8 * (spec.optim.optimizer == "adamw")
+
+
+def kept_checkpoints(spec: RunSpec) -> tuple[int, int]:
+    """Checkpoints, and models without what going on needs, that are there at the end of the run."""
+    steps, settings = spec.run.steps, spec.checkpoint
+    made = [*(range(settings.every, steps, settings.every) if settings.every else ()), steps]
+    kept = len(made) if settings.keep == "all" else min(settings.keep, len(made))
+    old = made[: len(made) - kept]
+    return kept, sum(rollouts % settings.models_every == 0 for rollouts in old) if settings.models_every else 0
 
 
 def _bytes_per_weight(spec: RunSpec) -> int:

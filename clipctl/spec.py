@@ -370,8 +370,18 @@ class Alarms(Group):
 
 
 class Checkpoint(Group):
-    every: Annotated[int, Field(ge=0)] = 0
-    """Rollouts between saved models; the last one is always saved. 0: only the last."""
+    """When a run saves all that it needs to go on, and how it stops when it is asked to."""
+
+    every: Annotated[int, Field(ge=0)] = 1
+    """Rollouts between checkpoints; the end of a run and an interruption always make one. 0: only these."""
+    keep: Literal["all"] | Count = 2
+    """Newest checkpoints of whole rollouts that stay; older ones are removed when a newer one is complete."""
+    models_every: Annotated[int, Field(ge=0)] = 0
+    """Of every N-th rollout the model stays when its checkpoint goes, for evaluations later on; 0: of none."""
+    grace: Positive = 60.0
+    """Seconds from a signal to the end of the run: what has not been finished by then is given up."""
+    margin: Positive = 120.0
+    """Seconds before the end of a Slurm job's time at which the run stops as if by a signal."""
 
 
 class Store(Group):

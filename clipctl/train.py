@@ -6,14 +6,25 @@ updates run, so the ratio at inner step 0 is 1 by construction; a group is never
 entropy bonus. Dimension letters as in `clipctl.rollout`.
 """
 
-import json
 import operator
 import secrets
 import sys
+<<<<<<< HEAD
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+||||||| parent of 197da8c (wip)
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import datetime
+=======
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+>>>>>>> 197da8c (wip)
 from functools import reduce
 from pathlib import Path
 from time import perf_counter
@@ -26,9 +37,16 @@ from numpy.typing import NDArray
 
 from clipctl.alarms import RolloutFacts, new_alarms
 from clipctl.algo import group_advantages, overlong_penalty
+<<<<<<< HEAD
 from clipctl.benchmarks import Benchmark, load_benchmarks
+||||||| parent of 197da8c (wip)
+=======
+from clipctl.attempts import Earlier, Resume, find_earlier
+from clipctl.checkpoint import STATE, Place, new_checkpoint
+>>>>>>> 197da8c (wip)
 from clipctl.control import TOLERANCE, ControlState, held, next_action, start_control
 from clipctl.engine import EnginePair, Measure, Scores, UpdateResult, open_engine
+<<<<<<< HEAD
 from clipctl.errors import AlarmStop, DataError, DivergedError, EngineError, Interrupted, SpecError
 from clipctl.eval_cache import model_hash
 from clipctl.evaluate import (
@@ -42,8 +60,21 @@ from clipctl.evaluate import (
     reuse_keys,
     segments_of,
 )
+||||||| parent of 197da8c (wip)
+from clipctl.errors import AlarmStop, DataError, DivergedError, EngineError, Interrupted, SpecError
+=======
+from clipctl.errors import AlarmStop, DataError, DivergedError, EngineError, SpecError
+from clipctl.interrupts import StopNow, StopRequests, catch_signals, job_end
+>>>>>>> 197da8c (wip)
 from clipctl.journal import RunWriter, check_place, create_run
+<<<<<<< HEAD
 from clipctl.loss import PolicyLoss
+||||||| parent of 197da8c (wip)
+from clipctl.loss import PolicyLoss, UpdateSums
+=======
+from clipctl.lock import print_warning
+from clipctl.loss import PolicyLoss
+>>>>>>> 197da8c (wip)
 from clipctl.models import ChatTokenizer, check_device, find_model, load_tokenizer, stop_ids
 from clipctl.overlap import work_while_making
 from clipctl.records import (
@@ -70,7 +101,21 @@ from clipctl.rollout import (
     spread_states,
     stream_indices,
 )
-from clipctl.spec import Ledger, RunSpec, spec_json
+from clipctl.spec import Alarm, Ledger, RunSpec, spec_json
+from clipctl.state import (
+    OpenRollout,
+    RunState,
+    SavedState,
+    batch_of,
+    digest_of_data,
+    read_completions,
+    read_open_rollout,
+    read_run_state,
+    rng_state,
+    save_state,
+    set_rng_state,
+    versions,
+)
 from clipctl.tasks import load_problems, task_grader
 
 
@@ -96,6 +141,7 @@ class Tokenized:
     problems: list[Problem]
     prompt_ids: list[list[int]]
     left_out: int
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +156,12 @@ class Job:
     engine: EnginePair
     evaluation: "PolicyEvaluation | None"
     writer: RunWriter
+    stop: StopRequests
     report: Callable[[Report], None]
     warn: Callable[[str], None]
 
 
+<<<<<<< HEAD
 @dataclass(frozen=True, slots=True)
 class PolicyEvaluation:
     """What the policy is evaluated on during training, and how. setup: of the base model; its files have a hash."""
@@ -127,20 +175,32 @@ def print_warning(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+||||||| parent of 197da8c (wip)
+def print_warning(line: str) -> None:
+    """One line on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+=======
+>>>>>>> 197da8c (wip)
 def train(
     spec: RunSpec,
     *,
     runs_dir: Path | str = "runs",
     label: str = "run",
+    resume: Resume = "auto",
     report: Callable[[Report], None] = lambda report: None,
     warn: Callable[[str], None] = print_warning,
 ) -> Path:
     """Runs the spec and returns the run's folder, `runs_dir`/`run.name` or `runs_dir`/`label`-date-4 hex digits.
 
-    report is called after each rollout, warn with each alarm. Raises a ClipctlError of one line; the run's folder then
-    keeps what was measured, with its state: interrupted (Ctrl-C), diverged (non-finite), stopped (by an alarm), failed.
+    A run of that name that was begun before goes on from its newest good checkpoint, to the same end, bit for bit on a CPU;
+    `never` and `must` refuse one that exists or does not. report is called after each rollout, warn with each alarm.
+    Raises a ClipctlError of one line; the run's folder then keeps what was measured, with its state: interrupted (a signal,
+    Ctrl-C, the end of a job's time), diverged (non-finite), stopped (by an alarm), failed.
     """
     name = spec.run.name or f"{label}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+<<<<<<< HEAD
     check_place(Path(runs_dir), name)
     grader = grader_of(spec.reward, task_grader(spec.data))
     problems = load_problems(spec.data, grader=grader)
@@ -185,12 +245,176 @@ def train(
             writer.close("failed", str(error))
             raise
         writer.close("finished", "")
+||||||| parent of 197da8c (wip)
+    check_place(Path(runs_dir), name)
+    grader = grader_of(spec.reward, task_grader(spec.data))
+    problems = load_problems(spec.data, grader=grader)
+    check_device(spec.engine.device)
+    folder = find_model(spec.model.path, pull=True)
+    tokenizer = load_tokenizer(folder, spec.model.chat_template)
+    data = tokenize(problems, tokenizer, spec.rollout.max_prompt_tokens)
+    check_context(spec, data, folder)
+    writer = create_run(Path(runs_dir), name, spec_json(spec), label)
+    with ExitStack() as stack:
+        try:
+            # Grading processes start before torch has threads or a CUDA context to be copied.
+            scorer = stack.enter_context(open_scorer(spec.reward, grader, spec.run.seed))
+            engine = open_engine(spec, folder)
+            stack.callback(engine.sampler.close)
+            params = SamplingParams(
+                spec.rollout.max_response_tokens,
+                spec.rollout.temperature,
+                spec.rollout.top_p,
+                stop_ids(folder, tokenizer),
+            )
+            job = Job(spec, data, tokenizer, params, scorer, engine, writer, report, warn)
+            note_choices(job)
+            run_rollouts(job)
+        except KeyboardInterrupt:
+            writer.close("interrupted", "stopped by hand")
+            raise Interrupted(f"stopped by hand; what was measured is in {writer.folder}") from None
+        except DivergedError as error:
+            writer.close("diverged", str(error))
+            raise
+        except AlarmStop as error:
+            writer.close("stopped", str(error))
+            raise
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            writer.close("failed", f"out of memory: {error}")
+            raise EngineError(
+                f"out of memory ({str(error).splitlines()[0]}); lower engine.tokens_per_microbatch "
+                f"(now {spec.engine.tokens_per_microbatch}) or engine.sampler_rows (now {spec.engine.sampler_rows})"
+            ) from None
+        except BaseException as error:
+            writer.close("failed", str(error))
+            raise
+        writer.close("finished", "")
+=======
+    if spec.run.name is None and resume == "must":
+        raise SpecError(
+            "--resume must: a run without --name is always a new one; give the --name of the run to go on with"
+        )
+    with catch_signals() as stop, ExitStack() as stack:
+        stop.grace = spec.checkpoint.grace
+        if (end := job_end()) is not None:
+            stop.end_with_job(end, spec.checkpoint.margin)
+        with stop.interruptible():
+            earlier = find_earlier(check_place(Path(runs_dir), name), spec, resume, warn)
+            if earlier is not None:
+                stack.callback(earlier.lock.close)
+                if earlier.finished:
+                    warn(f"{name} is finished, with {earlier.status['rollouts']} rollouts; raise run.steps to go on")
+                    return earlier.folder
+            grader = grader_of(spec.reward, task_grader(spec.data))
+            problems = load_problems(spec.data, grader=grader)
+            check_device(spec.engine.device)
+            folder = find_model(spec.model.path, pull=True)
+            tokenizer = load_tokenizer(folder, spec.model.chat_template)
+            data = tokenize(problems, tokenizer, spec.rollout.max_prompt_tokens)
+            check_context(spec, data, folder)
+        writer = open_writer(Path(runs_dir), name, spec, label, earlier)
+        with closing_run(spec, writer, stop, named=spec.run.name is not None):
+            with stop.interruptible():
+                # Grading processes start before torch has threads or a CUDA context to be copied.
+                scorer = stack.enter_context(open_scorer(spec.reward, grader, spec.run.seed))
+                engine = open_engine(spec, (earlier and earlier.checkpoint) or folder)
+                stack.callback(engine.sampler.close)
+                params = SamplingParams(
+                    spec.rollout.max_response_tokens,
+                    spec.rollout.temperature,
+                    spec.rollout.top_p,
+                    stop_ids(folder, tokenizer),
+                )
+                job = Job(spec, data, tokenizer, params, scorer, engine, writer, stop, report, warn)
+            run_rollouts(job, *begin(job, earlier))
+>>>>>>> 197da8c (wip)
     return writer.folder
 
 
-def run_rollouts(job: Job) -> None:
-    """The loop: one rollout after the other, each stored whole before the next begins."""
+def open_writer(runs_dir: Path, name: str, spec: RunSpec, label: str, earlier: Earlier | None) -> RunWriter:
+    """The one writer of a new run, or of the next attempt at an earlier one."""
+    if earlier is None:
+        return create_run(runs_dir, name, spec_json(spec), label)
+    done = earlier.place.rollouts if earlier.place is not None else 0
+    return RunWriter(earlier.folder, spec_json(spec), label, earlier.lock, earlier.status, done)
+
+
+@contextmanager
+def closing_run(spec: RunSpec, writer: RunWriter, stop: StopRequests, *, named: bool) -> Iterator[None]:
+    """Ends the attempt with the state that the block's end means."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        how = "the same command" if named else f"the same command and --name {writer.folder.name}"
+        error = stop.error(f"{writer.folder} keeps what was measured; {how} goes on from {writer.saved}")
+        writer.close("interrupted", str(error))
+        raise error from None
+    except DivergedError as error:
+        writer.close("diverged", str(error))
+        raise
+    except AlarmStop as error:
+        writer.close("stopped", str(error))
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        writer.close("failed", f"out of memory: {error}")
+        raise EngineError(
+            f"out of memory ({(str(error).splitlines() or ['MemoryError'])[0]}); lower engine.tokens_per_microbatch "
+            f"(now {spec.engine.tokens_per_microbatch}) or engine.sampler_rows (now {spec.engine.sampler_rows})"
+        ) from None
+    except BaseException as error:
+        writer.close("failed", str(error))
+        raise
+    writer.close("finished", "")
+
+
+def run_rollouts(job: Job, state: RunState, opened: OpenRollout | None) -> None:
+    """The loop: one rollout after the other, each stored whole before the next begins.
+
+    opened: the rollout in whose updates the run was interrupted. A request to stop drops samples, which keyed draws make
+    again, but lets an update finish; then everything is saved.
+    """
+    spec = job.spec
+    saved = state.rollout
+    while state.rollout < spec.run.steps:
+        try:
+            with job.stop.interruptible():
+                opened = opened or open_rollout(job, state)
+        except StopNow:
+            if saved != state.rollout and not job.stop.at_once:
+                save_checkpoint(job, state)
+            raise
+        updates = run_updates(job, state, opened)
+        state, stopping = end_rollout(job, state, opened, updates)
+        opened = None
+        every = spec.checkpoint.every
+        if stopping or state.rollout == spec.run.steps or (every and state.rollout % every == 0):
+            save_checkpoint(job, state)
+            saved = state.rollout
+        if stopping:
+            raise AlarmStop(f"stopped by the alarm {stopping}")
+
+
+def open_rollout(job: Job, state: RunState) -> OpenRollout:
+    """rollout → reward → advantage → π_old: all that comes before the updates."""
+    drawn = draw_groups(job, state.rollout, state.position)
+    dynamic = job.spec.rollout.dynamic_sampling
+    trained = [group for group in drawn.groups if group.has_advantage or not dynamic]
+    started = perf_counter()
+    batch = pack(trained) if trained else None
+    old = job.engine.trainer.score(batch) if batch is not None else None
+    seconds = [drawn.seconds_sample, drawn.seconds_reward, perf_counter() - started, 0.0]
+    noise = measure_noise(job, batch, trained, old) if state.rollout == 0 else None
+    control, loss = choose_clip(job, state, None if old is None else mean_entropy(trained, old))
+    return OpenRollout(drawn.groups, trained, drawn.next_position, drawn.refills, old, noise, control, loss, seconds)
+
+
+def end_rollout(
+    job: Job, state: RunState, opened: OpenRollout, updates: Sequence[Update]
+) -> tuple[RunState, str | None]:
+    """update → store: the new policy to the sampler, the rollout's rows, its line, its alarms. Returns the next state, and
+    the alarm that `run.stop_on` names, with its reason, where one began."""
     spec, engine = job.spec, job.engine
+<<<<<<< HEAD
     position = 0
     history: list[RolloutFacts] = []
     control: ControlState | None = None
@@ -223,16 +447,72 @@ def run_rollouts(job: Job) -> None:
         if job.evaluation is not None and rollout + 1 in spec.evaluated_after:
             evaluate_policy(job, job.evaluation, rollout + 1)
     note_control(job, control)
+||||||| parent of 197da8c (wip)
+    position = 0
+    history: list[RolloutFacts] = []
+    control: ControlState | None = None
+    updates: list[Update] = []
+    for rollout in range(spec.run.steps):
+        drawn = draw_groups(job, rollout, position)
+        position = drawn.next_position
+        trained = [group for group in drawn.groups if group.has_advantage or not spec.rollout.dynamic_sampling]
+        started = perf_counter()
+        batch = pack(trained) if trained else None
+        old = engine.trainer.score(batch) if batch is not None else None
+        scored = perf_counter()
+        noise = measure_noise(job, batch, trained, old) if rollout == 0 else {}
+        control, loss = choose_clip(job, rollout, control, None if old is None else mean_entropy(trained, old), updates)
+        updates = run_updates(job, rollout, batch, old, loss)
+        engine.sampler.update_weights(engine.trainer.weights(), version=rollout + 1)
+        seconds = Seconds(drawn.seconds_sample, drawn.seconds_reward, scored - started, perf_counter() - scored)
+        row = rollout_row(drawn.groups, trained, old, drawn.refills, seconds)
+        job.writer.write_rollout(rollout, row, rollout_tables(spec, drawn.groups, trained, old, updates) | noise)
+        job.report(make_report(spec, rollout, row, updates, seconds))
+        history.append(rollout_facts(rollout, row, updates, spec))
+        raise_alarms(job, history, control)
+        if rollout + 1 == spec.run.steps or (spec.checkpoint.every and (rollout + 1) % spec.checkpoint.every == 0):
+            save_model(job, rollout + 1, control)
+    note_control(job, control)
+=======
+    started = perf_counter()
+    engine.sampler.update_weights(engine.trainer.weights(), version=state.rollout + 1)
+    opened.seconds[3] += perf_counter() - started
+    seconds = Seconds(*opened.seconds)
+    row = rollout_row(opened.groups, opened.trained, opened.old, opened.refills, seconds)
+    tables = rollout_tables(spec, opened.groups, opened.trained, opened.old, updates)
+    noise = {} if opened.noise is None else {"noise": opened.noise}
+    job.writer.write_rollout(state.rollout, row, tables | noise)
+    job.report(make_report(spec, state.rollout, row, updates, seconds))
+    history = (*state.history, rollout_facts(state.rollout, row, updates, spec))
+    profile = reduce(operator.add, (update.sums.profile for update in updates)).columns() if updates else None
+    after = RunState(
+        rng=rng_state(),
+        rollout=state.rollout + 1,
+        position=opened.next_position,
+        control=opened.control,
+        history=history,
+        profile=profile if spec.control.target_entropy is not None else None,
+    )
+    stopping = raise_alarms(job, history)
+    if after.rollout == spec.run.steps:
+        note_control(job, after)
+    return after, stopping
+>>>>>>> 197da8c (wip)
 
 
 TOKENS_AT_ONCE = 1 << 18
 """Tokens of updates whose sums are made together: many small updates share the cost of one pass."""
 
 
-def run_updates(job: Job, rollout: int, batch: Batch | None, old: Scores | None, loss: PolicyLoss) -> list[Update]:
-    """loss → update: the epochs over one rollout, with the ledger's probe states kept at its start."""
-    if batch is None or old is None:
+def run_updates(job: Job, state: RunState, opened: OpenRollout) -> list[Update]:
+    """loss → update: the epochs over one rollout, with the ledger's probe states kept at its start.
+
+    Raises StopNow, with everything saved, between two updates when that is asked for.
+    """
+    batch = batch_of(opened)
+    if batch is None or opened.old is None:
         return []
+<<<<<<< HEAD
     spec, trainer = job.spec, job.engine.trainer
     steps = spec.optim.epochs * minibatches(batch.responses, spec.optim.responses_per_update)
     measures = [measure_of(spec.ledger, len(steps) - 1 - step) for step in range(len(steps))]
@@ -252,17 +532,97 @@ def run_updates(job: Job, rollout: int, batch: Batch | None, old: Scores | None,
             ]
             waiting = []
     return done
+||||||| parent of 197da8c (wip)
+    spec, trainer = job.spec, job.engine.trainer
+    steps = spec.optim.epochs * minibatches(batch.responses, spec.optim.responses_per_update)
+    measures = [measure_of(spec.ledger, len(steps) - 1 - step) for step in range(len(steps))]
+    if set(measures) != {"sums"}:
+        key = DrawKey(spec.run.seed, rollout, 0)
+        trainer.keep_probe(batch, spread_states(batch.lengths_R, spec.ledger.probe_states, key))
+    done: list[UpdateResult] = []
+    sums: list[UpdateSums] = []
+    for rows, measure in zip(steps, measures, strict=True):
+        done.append(trainer.step(batch, rows, old, loss, measure))
+        waiting = done[len(sums) :]
+        if len(done) == len(steps) or sum(len(result.tokens.logprob_T) for result in waiting) >= TOKENS_AT_ONCE:
+            sums += loss.sums([result.loss for result in waiting], [result.tokens for result in waiting])
+    return [
+        Update(len(rows), loss, result.grad_norm, its_sums, result.probe)
+        for rows, result, its_sums in zip(steps, done, sums, strict=True)
+    ]
+=======
+    trainer, loss = job.engine.trainer, opened.loss
+    steps = steps_of(job.spec, batch)
+    measures = [measure_of(job.spec.ledger, len(steps) - 1 - step) for step in range(len(steps))]
+    if not opened.done and set(measures) != {"sums"}:
+        trainer.keep_probe(batch, probe_states(job.spec, state.rollout, batch))
+    while len(opened.done) < len(steps):
+        if opened.done and job.stop.reason:
+            save_checkpoint(job, state, opened)
+            raise StopNow
+        at, started = len(opened.done), perf_counter()
+        opened.done.append(trainer.step(batch, steps[at], opened.old, loss, measures[at]))
+        opened.seconds[3] += perf_counter() - started
+    started = perf_counter()
+    sums = [
+        row
+        for part in parts_of(opened.done)
+        for row in loss.sums([result.loss for result in part], [result.tokens for result in part])
+    ]
+    opened.seconds[3] += perf_counter() - started
+    return [
+        Update(len(rows), loss, result.grad_norm, its_sums, result.probe)
+        for rows, result, its_sums in zip(steps, opened.done, sums, strict=True)
+    ]
+>>>>>>> 197da8c (wip)
 
 
+<<<<<<< HEAD
 def choose_clip(
     job: Job, rollout: int, state: ControlState | None, entropy: float | None, before: Sequence[Update]
 ) -> tuple[ControlState | None, PolicyLoss]:
     """The ε of this rollout's updates: the spec's, or what the controller makes of the profile of the last updates.
+||||||| parent of 197da8c (wip)
+def choose_clip(
+    job: Job, rollout: int, state: ControlState | None, entropy: float | None, before: Sequence[Update]
+) -> tuple[ControlState | None, PolicyLoss]:
+    """The ε of this rollout's updates: the spec's, or what the controller makes of the last rollout's profile.
+=======
+def steps_of(spec: RunSpec, batch: Batch) -> list[range]:
+    """The responses of each update of a rollout."""
+    return spec.optim.epochs * minibatches(batch.responses, spec.optim.responses_per_update)
 
+
+def probe_states(spec: RunSpec, rollout: int, batch: Batch) -> list[tuple[int, int]]:
+    """(response, token) of the rollout's probe states."""
+    return spread_states(batch.lengths_R, spec.ledger.probe_states, DrawKey(spec.run.seed, rollout, 0))
+
+
+def parts_of(done: Sequence[UpdateResult]) -> list[list[UpdateResult]]:
+    """The updates in parts of at least TOKENS_AT_ONCE tokens, but for the last. A function of their sizes alone, so an
+    interruption does not change what is summed together."""
+    parts: list[list[UpdateResult]] = [[]]
+    for result in done:
+        if sum(len(other.tokens.logprob_T) for other in parts[-1]) >= TOKENS_AT_ONCE:
+            parts.append([])
+        parts[-1].append(result)
+    return parts
+
+
+def choose_clip(job: Job, before: RunState, entropy: float | None) -> tuple[ControlState | None, PolicyLoss]:
+    """The ε of this rollout's updates: the spec's, or what the controller makes of the last rollout's profile.
+>>>>>>> 197da8c (wip)
+
+<<<<<<< HEAD
     entropy: of this rollout, nats; None where dynamic sampling found nothing to train on. before: the updates of the last
     rollout that had any.
+||||||| parent of 197da8c (wip)
+    entropy: of this rollout, nats; None, and no updates before, where dynamic sampling found nothing to train on.
+=======
+    entropy: of this rollout, nats; None, and no profile before, where dynamic sampling found nothing to train on.
+>>>>>>> 197da8c (wip)
     """
-    spec = job.spec
+    spec, state = job.spec, before.control
     asked = PolicyLoss(spec.loss.objective, spec.clip.low, spec.clip.high)
     if spec.control.target_entropy is None or entropy is None:
         return state, asked
@@ -270,12 +630,23 @@ def choose_clip(
     mine, other = (asked.eps_low, asked.eps_high) if low else (asked.eps_high, asked.eps_low)
     if state is None:
         return start_control(spec.control, mine, entropy), asked
+<<<<<<< HEAD
     profile = reduce(operator.add, (update.sums.profile for update in before)).columns()
     state, action = next_action(state, spec.control, entropy, profile, other)
+||||||| parent of 197da8c (wip)
+    if not before:
+        return state, asked
+    profile = reduce(operator.add, (update.sums.profile for update in before)).columns()
+    state, action = next_action(state, spec.control, entropy, profile, other)
+=======
+    if before.profile is None:
+        return state, asked
+    state, action = next_action(state, spec.control, entropy, before.profile, other)
+>>>>>>> 197da8c (wip)
     chosen = (action.eps, other) if low else (other, action.eps)
-    job.writer.event("control", action.reason, rollout=rollout, data=action.data)
+    job.writer.event("control", action.reason, rollout=before.rollout, data=action.data)
     if action.stuck:
-        tell(job, "control_limit", action.stuck, rollout, action.data)
+        tell(job, "control_limit", action.stuck, before.rollout, action.data)
     return state, PolicyLoss(spec.loss.objective, *chosen)
 
 
@@ -397,7 +768,8 @@ def tokenize(problems: Sequence[Problem], tokenizer: ChatTokenizer, max_prompt_t
             f"rollout.max_prompt_tokens = {max_prompt_tokens}: all {len(problems)} prompts are longer, "
             f"the shortest has {min(map(len, prompt_ids))} tokens"
         )
-    return Tokenized([problems[at] for at in kept], [prompt_ids[at] for at in kept], len(problems) - len(kept))
+    chosen, ids = [problems[at] for at in kept], [prompt_ids[at] for at in kept]
+    return Tokenized(chosen, ids, len(problems) - len(kept), digest_of_data(chosen, ids))
 
 
 def check_context(spec: RunSpec, data: Tokenized, folder: Path) -> None:
@@ -463,21 +835,21 @@ def evaluate_policy(job: Job, evaluation: PolicyEvaluation, rollouts: int) -> No
 def note_choices(job: Job) -> None:
     """Events for what the run decided by itself."""
     if job.tokenizer.plain_template:
-        job.writer.event("chat_template", f"{job.spec.model.path} has no chat template: a plain one is used")
+        job.writer.event("chat_template", f"{job.spec.model.path} has no chat template: a plain one is used", rollout=0)
     if job.data.left_out:
         message = f"{job.data.left_out} problems left out: prompts over {job.spec.rollout.max_prompt_tokens} tokens"
-        job.writer.event("prompts_left_out", message, data={"left_out": job.data.left_out})
+        job.writer.event("prompts_left_out", message, rollout=0, data={"left_out": job.data.left_out})
 
 
 NOISE_MARGIN = 5
 """An ε under so many times the 99th percentile of |log r| between two scorings of one policy measures noise."""
 
 
-def measure_noise(job: Job, batch: Batch | None, trained: Sequence[Group], old: Scores | None) -> dict[str, Columns]:
+def measure_noise(job: Job, batch: Batch | None, trained: Sequence[Group], old: Scores | None) -> Columns | None:
     """The null distribution of log r as a `noise` table: the first optimizer batch scored again by the same weights in
     another micro-batch layout, and the trainer against the sampler. Warns where an ε is not far above it."""
     if batch is None or old is None:
-        return {}
+        return None
     rows = minibatches(batch.responses, job.spec.optim.responses_per_update)[0]
     again_T = job.engine.trainer.score_otherwise(batch, rows).double().numpy()
     logprob_T = old.logprob_T.double().numpy()
@@ -496,9 +868,10 @@ def measure_noise(job: Job, batch: Batch | None, trained: Sequence[Group], old: 
                     trained[0].prompt.key.rollout,
                     {"source": source, "side": side, "eps": eps, "p99": level},
                 )
-    return {"noise": noise_columns(log_ratios)}
+    return noise_columns(log_ratios)
 
 
+<<<<<<< HEAD
 def smallest_eps(spec: RunSpec) -> dict[str, tuple[str, float]]:
     """The smallest ε that each side can have, and the key that says so: the controller may go to its lower bound."""
     found = {"low": ("clip.low", spec.clip.low), "high": ("clip.high", spec.clip.high)}
@@ -510,13 +883,31 @@ def smallest_eps(spec: RunSpec) -> dict[str, tuple[str, float]]:
 def raise_alarms(job: Job, history: Sequence[RolloutFacts], control: ControlState | None) -> None:
     """Tells the alarms that begin with this rollout. Raises AlarmStop, with the model saved, for one of `run.stop_on`."""
     alarms = new_alarms(history, job.spec.alarms)
+||||||| parent of 197da8c (wip)
+def raise_alarms(job: Job, history: Sequence[RolloutFacts], control: ControlState | None) -> None:
+    """Tells the alarms that begin with this rollout. Raises AlarmStop, with the model saved, for one of `run.stop_on`."""
+    alarms = new_alarms(history, job.spec.alarms)
+=======
+def raise_alarms(job: Job, history: Sequence[RolloutFacts]) -> str | None:
+    """Tells the alarms that begin with this rollout; returns the first of `run.stop_on` among them, in words."""
+>>>>>>> 197da8c (wip)
     rollout = history[-1].rollout
+    alarms = new_alarms(history, job.spec.alarms)
     for alarm, reason in alarms.items():
         tell(job, "alarm", f"{alarm}: {reason}", rollout, {"alarm": alarm})
-    stopping = [alarm for alarm in alarms if alarm in job.spec.run.stop_on]
-    if stopping:
-        save_model(job, rollout + 1, control)
-        raise AlarmStop(f"stopped by the alarm {stopping[0]} after rollout {rollout}: {alarms[stopping[0]]}")
+    return stopping_alarm(job.spec, history, alarms)
+
+
+def stopping_alarm(spec: RunSpec, history: Sequence[RolloutFacts], alarms: Mapping[Alarm, str]) -> str | None:
+    """The first of `run.stop_on` among the alarms that began, in words."""
+    return next(
+        (
+            f"{alarm} after rollout {history[-1].rollout}: {alarms[alarm]}"
+            for alarm in alarms
+            if alarm in spec.run.stop_on
+        ),
+        None,
+    )
 
 
 def tell(job: Job, kind: str, message: str, rollout: int, data: dict[str, Any]) -> None:
@@ -525,18 +916,86 @@ def tell(job: Job, kind: str, message: str, rollout: int, data: dict[str, Any]) 
     job.warn(f"{kind}: {message}")
 
 
-def save_model(job: Job, rollouts: int, control: ControlState | None) -> None:
-    """The policy after so many rollouts, as `checkpoints/<rollouts>`, a folder that transformers loads, and the
-    controller's state beside it."""
-    with job.writer.new_checkpoint(rollouts) as folder:
+def save_checkpoint(job: Job, state: RunState, opened: OpenRollout | None = None) -> None:
+    """Everything that the run needs to go on, beside the policy as a folder that transformers loads."""
+    place = Place(state.rollout, len(opened.done) if opened is not None else 0)
+    events = [asdict(event) | {"time": event.time.isoformat()} for event in job.writer.recent]
+    with job.writer.disk(), new_checkpoint(job.writer.folder / "checkpoints", place, job.spec.checkpoint) as folder:
         job.engine.trainer.save(folder)
         job.tokenizer.save(folder)
-        if control is not None:
-            (folder / "control.json").write_text(json.dumps(asdict(control)))
+        (folder / STATE).mkdir()
+        job.engine.trainer.save_state(folder / STATE, probe=opened is not None)
+        rng = state.rng if opened is None else rng_state()
+        save_state(folder / STATE, state, opened, rng, events, job.data.digest)
+    job.writer.saved = describe(place)
 
 
-def note_control(job: Job, control: ControlState | None) -> None:
+def describe(place: Place) -> str:
+    """Where a run goes on from, in words."""
+    return f"rollout {place.rollouts}" + (f", update {place.updates}" if place.updates else "")
+
+
+def begin(job: Job, earlier: Earlier | None) -> tuple[RunState, OpenRollout | None]:
+    """The state to begin with: a new run's, or that of the checkpoint to go on from, whose model the engine has loaded."""
+    if earlier is None or earlier.checkpoint is None:
+        if earlier is not None and earlier.status:
+            job.warn(f"{job.writer.folder.name} has no checkpoint yet: it begins again")
+        note_choices(job)
+        return RunState(rng_state()), None
+    assert earlier.place is not None
+    saved = SavedState(earlier.checkpoint / STATE)
+    if saved.facts["data"] != job.data.digest:
+        raise DataError(
+            f"{job.writer.folder}: the rows, the prompt template or the tokenizer are not those that the run was begun with, "
+            "so its place in the prompt stream means nothing; bring them back, or start anew under another --name"
+        )
+    note_resume(job, earlier, saved)
+    job.engine.trainer.load_state(saved.folder)
+    job.engine.sampler.update_weights(job.engine.trainer.weights(), version=earlier.place.rollouts)
+    state = read_run_state(saved)
+    set_rng_state(state.rng)
+    if earlier.place.updates:
+        return state, reopen_rollout(job, state, saved)
+    stopping = stopping_alarm(job.spec, state.history, new_alarms(state.history, job.spec.alarms))
+    if stopping and earlier.status["state"] != "stopped":
+        raise AlarmStop(f"stopped by the alarm {stopping}")
+    return state, None
+
+
+def reopen_rollout(job: Job, state: RunState, saved: SavedState) -> OpenRollout:
+    """The rollout in whose updates the run was interrupted, and what was told of it."""
+    completions = read_completions(saved)
+    problems, prompts = next_prompts(job, state.rollout, state.position, len(completions))
+    texts = [[job.tokenizer.decode(completion.token_ids) for completion in group] for group in completions]
+    opened = read_open_rollout(saved, problems, prompts, texts, job.spec.engine.device)
+    for event in saved.facts["open"]["events"]:
+        if event["rollout"] == state.rollout:
+            job.writer.event(**(event | {"time": datetime.fromisoformat(event["time"])}))
+    batch = batch_of(opened)
+    if batch is not None and job.spec.ledger.probe_states:
+        job.engine.trainer.keep_probe(batch, probe_states(job.spec, state.rollout, batch), saved.folder)
+    return opened
+
+
+def note_resume(job: Job, earlier: Earlier, saved: SavedState) -> None:
+    """Says where the run goes on, and what is not as it was."""
+    assert earlier.place is not None
+    job.writer.saved = describe(earlier.place)
+    for problem in earlier.problems:
+        job.writer.event("checkpoint_damaged", problem)
+        job.warn(problem)
+    before, now = saved.facts["versions"], versions()
+    changed = [f"{name} {before.get(name)} is now {now[name]}" for name in now if before.get(name) != now[name]]
+    message = f"attempt {job.writer.attempt} goes on from {describe(earlier.place)}"
+    if changed:
+        message += f"; numbers may differ from those of an undisturbed run: {', '.join(changed)}"
+    job.writer.event("resumed", message, data={"rollouts": earlier.place.rollouts, "updates": earlier.place.updates})
+    job.warn(f"{job.writer.folder.name}: {message}")
+
+
+def note_control(job: Job, state: RunState) -> None:
     """At the end of a controlled run: whether the target was held over its second half."""
+    control, rollout = state.control, state.rollout - 1
     if control is None:
         return
     worst, within = held(control)
@@ -547,9 +1006,9 @@ def note_control(job: Job, control: ControlState | None) -> None:
     )
     data = {"target": control.target, "worst": worst, "held": within}
     if within:
-        job.writer.event("control_end", message, rollout=job.spec.run.steps - 1, data=data)
+        job.writer.event("control_end", message, rollout=rollout, data=data)
     else:
-        tell(job, "control_end", message, job.spec.run.steps - 1, data)
+        tell(job, "control_end", message, rollout, data)
 
 
 def make_report(

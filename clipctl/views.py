@@ -187,5 +187,6 @@ VIEWS: dict[str, str] = {
         from {EVALS} as e left join raw_eval_texts as x on x.run_id = e.folder_id and x.attempt = e.attempt
             and x.rollout is not distinct from e.rollout and x.benchmark = e.benchmark and x.position = e.position
             and x.sample = e.sample""",
-    "events": "create view events as select time, run_id, attempt, rollout, kind, message, data::json as data from raw_events",
+    "events": "create view events as select time, run_id, attempt, rollout, kind, message, data::json as data "
+    f"from {_current('events')}",
 }

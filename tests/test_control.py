@@ -174,7 +174,7 @@ def test_every_action_is_an_event_and_is_what_the_updates_used(tmp_path: Path) -
         assert high == 0.1
         assert target == pytest.approx(entropies[0], rel=1e-12)
         assert f"entropy {entropies[rollout]:.4f}" in message
-    state = json.loads((folder / "checkpoints" / "2" / "control.json").read_text())
+    state = json.loads((folder / "checkpoints" / "2" / "state" / "state.json").read_text())["control"]
     assert len(state["errors"]) == 2
     assert state["target"] == pytest.approx(entropies[0])
     worst = max(abs(entropy / entropies[0] - 1) for entropy in entropies[2:])

@@ -194,10 +194,18 @@ def test_what_dapo_adds_is_said() -> None:
     assert "dynamic sampling" not in "\n".join(plan_lines(make_plan(spec())))
 
 
-def test_saved_models_are_counted() -> None:
-    """10 rollouts, one saved after 4 and 8, and the last."""
-    assert "3 saved models of 513.1 MiB" in plan_lines(make_plan(spec("smollm2-gsm8k", checkpoint__every=4)))[-1]
-    assert "1 saved model of" in plan_lines(make_plan(spec("smollm2-gsm8k")))[-1]
+def test_checkpoints_are_counted() -> None:
+    """10 rollouts: after 4, 8 and the last; float32 SmolLM2 is 513.1 MiB, with AdamW's moments three times that."""
+
+    def said(**changes: Any) -> str:
+        return plan_lines(make_plan(spec("smollm2-gsm8k", **changes)))[-1].strip()
+
+    assert said() == "2 checkpoints of 1.5 GiB, and one more while it is written"
+    assert said(checkpoint__every=4, checkpoint__keep="all").startswith("3 checkpoints of 1.5 GiB, and")
+    assert said(checkpoint__every=0, optim__optimizer="sgd").startswith("1 checkpoint of 513.1 MiB, and")
+    kept = said(checkpoint__every=2, checkpoint__models_every=4)
+    assert kept.startswith("2 checkpoints of 1.5 GiB, 1 model alone of 513.1 MiB, and")
+    assert said(model__dtype="bfloat16").startswith("2 checkpoints of 1.8 GiB")
 
 
 def test_what_is_printed() -> None:

@@ -11,6 +11,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -299,12 +300,13 @@ def test_a_read_only_folder_is_a_store_error(tmp_path: Path) -> None:
 def test_a_run_that_fell_silent_has_crashed() -> None:
     alive = {
         "state": "running",
-        "heartbeat": "2099-01-01T00:00:00+00:00",
+        "heartbeat": datetime.now(UTC).isoformat(),
         "pid": os.getpid(),
         "host": os.uname().nodename,
     }
     assert state_of(alive) == "running"
     assert state_of(alive | {"heartbeat": "2020-01-01T00:00:00+00:00"}) == "crashed"
+    assert state_of(alive | {"heartbeat": "2099-01-01T00:00:00+00:00"}) == "crashed"  # the clock was set back
     assert state_of(alive | {"pid": 2**22 + 1}) == "crashed"
     assert state_of(alive | {"pid": 2**22 + 1, "host": "elsewhere"}) == "running"
     assert state_of(alive | {"state": "finished", "heartbeat": "2020-01-01T00:00:00+00:00"}) == "finished"
@@ -326,7 +328,8 @@ def test_a_full_disk_is_an_error_and_earlier_rollouts_stay(tmp_path: Path) -> No
         committed = {row[2] for row in found["rollouts"]}
         assert {row[2] for row in found["updates"]} == committed
         assert not [file for file in (writer.folder / "journal").iterdir() if file.name.startswith(".")]
-        writer._closed.set()
+        with pytest.raises(StoreError, match="No space left on device"):
+            writer.close("failed", "the disk is full")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

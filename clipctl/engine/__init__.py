@@ -93,8 +93,9 @@ class Trainer(Protocol):
         """log π of the rows' tokens, flat, under the current weights in another micro-batch layout than that of `score`."""
         ...
 
-    def keep_probe(self, batch: Batch, states: Sequence[tuple[int, int]]) -> None:
-        """Keep the whole distributions of (response, token) states under the current weights, for the steps to come."""
+    def keep_probe(self, batch: Batch, states: Sequence[tuple[int, int]], saved: Path | None = None) -> None:
+        """Keep the whole distributions of (response, token) states under the current weights, for the steps to come; or, in
+        the middle of a rollout, those that `save_state` saved."""
         ...
 
     def step(
@@ -110,6 +111,14 @@ class Trainer(Protocol):
 
     def save(self, folder: Path) -> None:
         """The current policy as a plain transformers folder (safetensors)."""
+        ...
+
+    def save_state(self, folder: Path, *, probe: bool) -> None:
+        """What a trainer that is made from `save`'s folder lacks of this one, as safetensors; probe: the kept states too."""
+        ...
+
+    def load_state(self, folder: Path) -> None:
+        """The inverse of `save_state`, but for the kept states."""
         ...
 
 

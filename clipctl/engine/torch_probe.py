@@ -5,7 +5,7 @@ paper's inequalities are a ledger of all actions of every state, each weighted b
 ledger of the state's own token. Letters: N states, V vocabulary, D hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +58,15 @@ class TorchProbe:
                 hidden_TD, _ = self.hidden(self.batch, rows)
                 places_N = places_N.to(hidden_TD.device)
                 self.parts.append(Part(rows, places_N, self._logp(hidden_TD[places_N])))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """π_old's log-probabilities, by name."""
+        return {f"probe.{at}": part.old_logp_NV for at, part in enumerate(self.parts)}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts those of `tensors` in place of what the current weights gave."""
+        for at, part in enumerate(self.parts):
+            part.old_logp_NV.copy_(tensors[f"probe.{at}"])
 
     def entropy(self) -> float:
         """Σ H over the states under the current weights, nats."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clipctl.algo import loss_weights
@@ -25,6 +26,8 @@ from clipctl.loss import PolicyLoss, UpdateTokens
 from clipctl.rollout import Batch, microbatches, minibatches
 from clipctl.spec import Engine, RunSpec
 from clipctl.statistics import TokenStatistics, token_statistics
+
+TRAINER_FILE = "trainer.safetensors"
 
 
 def set_up_torch(engine: Engine) -> None:
@@ -78,12 +81,14 @@ class TorchTrainer:
             logprob_T[_flat_places(ends, batch.lengths_R[rows.start : rows.stop], local)] = statistics.logprob_T.cpu()
         return logprob_T
 
-    def keep_probe(self, batch: Batch, states: Sequence[tuple[int, int]]) -> None:
-        """The states under the weights of now, to which the steps to come compare theirs."""
+    def keep_probe(self, batch: Batch, states: Sequence[tuple[int, int]], saved: Path | None = None) -> None:
+        """The states under the weights of now, or as they were saved, to which the steps to come compare theirs."""
         engine, temperature = self.spec.engine, self.spec.rollout.temperature
         self.probe = TorchProbe(
             batch, states, engine.tokens_per_microbatch, self._hidden, lambda: self.model.lm_head.weight, temperature
         )
+        if saved is not None:
+            self.probe.load(load_file(saved / TRAINER_FILE))
 
     def step(self, batch: Batch, rows: range, old: Scores, loss: PolicyLoss, measure: Measure = "sums") -> UpdateResult:
         """One optimizer step on the responses `rows`. Raises DivergedError, before the step, for a non-finite loss or
@@ -169,6 +174,34 @@ class TorchTrainer:
     def save(self, folder: Path) -> None:
         """A transformers folder: safetensors and configuration."""
         self.model.save_pretrained(folder)
+
+    def save_state(self, folder: Path, *, probe: bool) -> None:
+        """The optimizer's state, float32 masters where the model has none, the probe's log-probabilities."""
+        tensors = {
+            f"optimizer.{at}.{name}": value
+            for at, values in self.optimizer.state_dict()["state"].items()
+            for name, value in values.items()
+        }
+        for at, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
+            if master is not parameter:
+                tensors[f"master.{at}"] = master.detach()
+        if probe and self.probe is not None:
+            tensors |= self.probe.tensors()
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TRAINER_FILE)
+
+    def load_state(self, folder: Path) -> None:
+        """The inverse of `save_state`; the weights are those of the folder that the model was loaded from."""
+        tensors = load_file(folder / TRAINER_FILE)
+        state = self.optimizer.state_dict()
+        state["state"] = {}
+        for name, tensor in tensors.items():
+            kind, at, *rest = name.split(".")
+            if kind == "optimizer":
+                state["state"].setdefault(int(at), {})[rest[0]] = tensor
+            elif kind == "master":
+                with torch.no_grad():
+                    self.masters[int(at)].copy_(tensor)
+        self.optimizer.load_state_dict(state)
 
     def _layout(self, batch: Batch, rows: range) -> list[tuple[list[int], bool]]:
         """Micro-batches of the responses with advantage (True), then of those without (False)."""

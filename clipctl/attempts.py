@@ -1,0 +1,145 @@
+"""What a folder that exists means for a new attempt at its run: refused, finished, or to be gone on with from a checkpoint."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from clipctl.checkpoint import Place, newest_good, remove_leftovers
+from clipctl.errors import AlarmStop, SpecError, StoreError
+from clipctl.folder import is_evaluation, read_json, usable_status
+from clipctl.journal import taken
+from clipctl.lock import lock_run
+from clipctl.spec import RunSpec, spec_from_json
+
+Resume = Literal["auto", "never", "must"]
+MAY_CHANGE = ("run.steps", "run.name", "eval.", "checkpoint.")
+"""Keys, and groups of keys, that another attempt may have otherwise: they say how long a run is and what is done beside it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """A run that was begun before, locked for this process.
+
+    status: its status.json, empty where it was killed before it had one. place: of the checkpoint to go on from, None for
+    the beginning. problems: what is wrong with newer checkpoints. finished: there is nothing left to do.
+    """
+
+    folder: Path
+    lock: IO[str]
+    status: dict[str, Any]
+    place: Place | None
+    problems: list[str]
+    finished: bool
+
+    @property
+    def checkpoint(self) -> Path | None:
+        return None if self.place is None else self.folder / "checkpoints" / str(self.place)
+
+
+def find_earlier(folder: Path, spec: RunSpec, resume: Resume, warn: Callable[[str], None]) -> Earlier | None:
+    """What was done of the run so far, None where nothing was.
+
+    Raises SpecError for a name that `resume` refuses, for another spec and for a run that is being run, AlarmStop for one
+    that an alarm ended, StoreError for a damaged one. Cheap where nothing was done; else checkpoints are read whole.
+    """
+    if resume == "must" and not (folder / "spec.json").exists():
+        raise SpecError(
+            f"--resume must: there is no run {folder.name!r} in {folder.parent}; leave --resume out to start it"
+        )
+    if not folder.exists():
+        return None
+    if resume == "never":
+        raise taken(folder)
+    _refuse_other_folders(folder)
+    lock = lock_run(folder, warn)
+    try:
+        return _look_at(folder, spec, lock)
+    except BaseException:
+        lock.close()
+        raise
+
+
+def _look_at(folder: Path, spec: RunSpec, lock: IO[str]) -> Earlier:
+    if not (folder / "spec.json").exists():
+        return Earlier(folder, lock, {}, None, [], finished=False)
+    status = _status_of(folder)
+    _refuse_other_specs(folder, spec)
+    if status["state"] == "finished" and spec.run.steps <= status["rollouts"]:
+        return Earlier(folder, lock, status, None, [], finished=True)
+    remove_leftovers(folder / "checkpoints")
+    place, problems = newest_good(folder / "checkpoints")
+    _refuse_going_back(folder, spec, status, place)
+    return Earlier(folder, lock, status, place, problems, finished=False)
+
+
+def spec_changes(before: RunSpec, now: RunSpec) -> list[str]:
+    """`key = old, now new` for every key that may not change and did."""
+    old, new = (dict(_flat(spec.model_dump(mode="json"))) for spec in (before, now))
+    return [
+        f"{key} = {_toml(old.get(key))}, now {_toml(new.get(key))}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+
+
+def _refuse_other_folders(folder: Path) -> None:
+    if not folder.is_dir() or is_evaluation(folder):
+        raise SpecError(f"run.name: {folder} is no run; choose another --name")
+    ours = {".lock", ".status.json", ".spec.json", "status.json", "journal", "checkpoints"}
+    others = sorted({entry.name for entry in folder.iterdir()} - ours)
+    if others and not (folder / "spec.json").exists():
+        raise SpecError(f"run.name: {folder} is no run (it has {others[0]} and no spec.json); choose another --name")
+
+
+def _status_of(folder: Path) -> dict[str, Any]:
+    problems: list[str] = []
+    status = usable_status(read_json(folder / "status.json", problems), problems)
+    needed = ("attempt", "rollouts", "state", "created_at")
+    if problems or not all(name in status for name in needed):
+        raise StoreError(
+            f"{folder}: {'; '.join(problems) or 'status.json is damaged'}; start anew under another --name"
+        )
+    return status
+
+
+def _refuse_other_specs(folder: Path, spec: RunSpec) -> None:
+    try:
+        before = spec_from_json((folder / "spec.json").read_text())
+    except (SpecError, OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"{folder / 'spec.json'} cannot be gone on with: {error}") from None
+    changes = spec_changes(before, spec)
+    if changes:
+        raise SpecError(
+            f"run.name: {folder.name!r} was begun with another spec: {'; '.join(changes)}; only run.steps, eval.* and "
+            "checkpoint.* may change: choose another --name"
+        )
+
+
+def _refuse_going_back(folder: Path, spec: RunSpec, status: Mapping[str, Any], place: Place | None) -> None:
+    done = Place(0) if place is None else place
+    if status["state"] == "stopped" and spec.run.steps <= _steps_before(folder):
+        raise AlarmStop(f"{folder.name} was {status['message']}; raise run.steps to go on all the same")
+    if done > Place(spec.run.steps):
+        raise SpecError(
+            f"run.steps = {spec.run.steps}: {folder.name!r} has {done.rollouts} rollouts"
+            f"{' and a part of another one' if done.updates else ''} already"
+        )
+
+
+def _steps_before(folder: Path) -> int:
+    return spec_from_json((folder / "spec.json").read_text()).run.steps
+
+
+def _flat(group: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in group.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _toml(value: Any) -> str:
+    if value == "Infinity":
+        return "inf"
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)

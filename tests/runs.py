@@ -1,0 +1,60 @@
+"""Two runs compared: everything that is stored of them but times, attempts, and what is told of interruptions."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from clipctl import open_runs
+
+VIEWS = {
+    "rollouts": "rollout",
+    "updates": "rollout, inner_step",
+    "samples": "rollout, position, sample",
+    "texts": "rollout, position, sample",
+    "tokens": "rollout, position, sample, token",
+    "histograms": "rollout, inner_step, advantage_sign, ratio_from",
+    "probes": "rollout, inner_step",
+    "noise": "source, quantile",
+    "events": "rollout, kind, message",
+}
+OF_ATTEMPTS = ("resumed", "interrupted", "failed", "checkpoint_damaged")
+
+
+def stored(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
+    """View → its rows in order, without times and attempts."""
+    found: dict[str, list[tuple[Any, ...]]] = {}
+    with open_runs(folder) as runs:
+        for view, order in VIEWS.items():
+            columns = [name for name in runs.sql(f"from {view} limit 0").columns if not _is_time(name)]
+            where = f"where kind not in {OF_ATTEMPTS}" if view == "events" else ""
+            found[view] = runs.sql(f"select {', '.join(columns)} from {view} {where} order by {order}").fetchall()
+        (problem,) = runs.sql("select problem from runs").fetchall()
+        found["problems"] = [problem]
+    return found
+
+
+def tensors(folder: Path) -> dict[str, bytes]:
+    """Every tensor of a checkpoint, weights and optimizer, by file and name."""
+    found = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                found[f"{file.name}/{name}"] = opened.get_tensor(name).reshape(-1).view(torch.uint8).numpy().tobytes()
+    return found
+
+
+def assert_same(run: Path, other: Path, rollouts: int) -> None:
+    """Both runs have stored the same, bit for bit, and end with the same weights and optimizer."""
+    one, two = stored(run), stored(other)
+    for view in one:
+        assert one[view] == two[view], view
+    assert one["rollouts"], "nothing is stored"
+    weights, others = (tensors(folder / "checkpoints" / str(rollouts)) for folder in (run, other))
+    assert weights.keys() == others.keys()
+    assert [name for name in weights if weights[name] != others[name]] == []
+
+
+def _is_time(column: str) -> bool:
+    return column in ("run_id", "attempt", "time", "seconds") or column.startswith("seconds_")

@@ -1,0 +1,625 @@
+"""A run that was interrupted, anywhere and in any way, and gone on with ends as an undisturbed one, bit for bit."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from clipctl import load_spec, open_runs
+from clipctl.attempts import spec_changes
+from clipctl.checkpoint import damage
+from clipctl.engine.torch_trainer import TorchTrainer
+from clipctl.errors import AlarmStop, DataError, Preempted, SpecError, StoreError
+from clipctl.train import train
+from runs import assert_same
+
+SMALL: dict[str, Any] = {
+    "run.name": "x",
+    "run.steps": 3,
+    "data.arith.problems": 64,
+    "rollout.prompts": 6,
+    "rollout.group_size": 4,
+    "rollout.max_response_tokens": 12,
+    "rollout.dynamic_sampling": True,
+    "optim.responses_per_update": 8,
+    "optim.epochs": 2,
+    "optim.lr": 1e-3,
+    "ledger.probe_states": 16,
+    "ledger.probe_every": 2,
+    "ledger.network_every": 2,
+    "control.target_entropy": 0.5,
+    "store.tokens": "all",
+}
+"""Everything that a run carries: refills, probes through the network, a controller, tokens; six updates a rollout."""
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def run(runs_dir: Path, **options: Any) -> Path:
+    said: list[str] = options.pop("said", [])
+    return train(
+        load_spec("tiny", SMALL | options.pop("overrides", {})), runs_dir=runs_dir, warn=said.append, **options
+    )
+
+
+def rows(folder: Path, query: str) -> list[tuple[Any, ...]]:
+    with open_runs(folder) as runs:
+        return list(runs.sql(query).fetchall())
+
+
+def status(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "status.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("undisturbed"))
+
+
+def after_update(monkeypatch: pytest.MonkeyPatch, update: int, act: Callable[[], None]) -> None:
+    """Calls `act` in the middle of the run's so manieth update, counted from 1 over all rollouts."""
+    step, seen = TorchTrainer.step, [0]
+
+    def stepping(self: TorchTrainer, *arguments: Any) -> Any:
+        seen[0] += 1
+        if seen[0] == update:
+            act()
+        return step(self, *arguments)
+
+    monkeypatch.setattr(TorchTrainer, "step", stepping)
+
+
+def interrupted(runs_dir: Path, monkeypatch: pytest.MonkeyPatch, update: int, **options: Any) -> Path:
+    """A run that gets SIGTERM in the middle of an update."""
+    with monkeypatch.context() as patch:
+        after_update(patch, update, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Preempted, match="the same command goes on from"):
+            run(runs_dir, **options)
+    return runs_dir / "x"
+
+
+# --- the same to the last bit -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        8,
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(11, marks=pytest.mark.slow),
+        pytest.param(17, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_in_an_update_lets_it_finish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Path, update: int
+) -> None:
+    folder = interrupted(tmp_path, monkeypatch, update)
+    assert status(folder)["state"] == "interrupted"
+    rollout, done = divmod(update, 6)
+    assert (folder / "checkpoints" / "latest").read_text() == f"{rollout}+{done}\n"
+    assert rows(folder, "select count(*) from rollouts") == [(rollout,)]
+    said: list[str] = []
+    assert run(tmp_path, said=said) == folder
+    assert said[0] == f"x: attempt 1 goes on from rollout {rollout}, update {done}"
+    assert_same(folder, undisturbed, 3)
+    assert status(folder)["resumes"][0]["resumed_at"] == rollout
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_last_update_of_a_rollout_saves_the_whole_rollout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Path
+) -> None:
+    """Although `checkpoint.every` would not have: nothing that was done is done again."""
+    folder = interrupted(tmp_path, monkeypatch, 6, overrides={"checkpoint.every": 0})
+    assert (folder / "checkpoints" / "latest").read_text() == "1\n"
+    assert_same(run(tmp_path, overrides={"checkpoint.every": 0}), undisturbed, 3)
+
+
+def test_a_signal_while_sampling_drops_the_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Path
+) -> None:
+    from clipctl.engine.torch_sampler import TorchSampler
+
+    sample, seen = TorchSampler.sample, [0]
+
+    def sampling(self: TorchSampler, *arguments: Any, **options: Any) -> Iterator[Any]:
+        for group in sample(self, *arguments, **options):
+            seen[0] += 1
+            # The last groups of the second rollout's refill.
+            if seen[0] == 14:
+                signal.raise_signal(signal.SIGUSR2)
+            yield group
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchSampler, "sample", sampling)
+        with pytest.raises(Preempted, match="stopped by SIGUSR2"):
+            run(tmp_path, overrides={"checkpoint.every": 2})
+    folder = tmp_path / "x"
+    latest = (folder / "checkpoints" / "latest").read_text()
+    assert latest in ("1\n", "2\n")
+    assert_same(run(tmp_path, overrides={"checkpoint.every": 2}), undisturbed, 3)
+
+
+@pytest.mark.slow
+def test_three_interruptions_in_one_rollout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Path) -> None:
+    for update in (8, 1, 2):
+        folder = interrupted(tmp_path, monkeypatch, update)
+    assert (folder / "checkpoints" / "latest").read_text() == "1+5\n"
+    assert_same(run(tmp_path), undisturbed, 3)
+    assert status(folder)["attempt"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model.dtype": "bfloat16"},
+        {"optim.optimizer": "sgd", "optim.lr": 0.1},
+        {"reward.kind": "bernoulli", "ledger.probe_states": 0, "ledger.network_every": 0},
+    ],
+)
+def test_other_numbers_optimizers_and_rewards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any]
+) -> None:
+    overrides = overrides | {"run.steps": 2}
+    other = run(tmp_path / "other", overrides=overrides)
+    folder = interrupted(tmp_path, monkeypatch, 8, overrides=overrides)
+    assert_same(run(tmp_path, overrides=overrides), other, 2)
+    assert damage(folder / "checkpoints" / "2") is None
+
+
+def dice(completion: str, problem: Any) -> float:
+    """A reward that does not draw by keys."""
+    import numpy as np
+    import torch
+
+    return random.random() + np.random.rand() + float(torch.rand(()))
+
+
+@pytest.mark.slow
+def test_generators_that_a_reward_function_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = {"run.steps": 2, "reward": {"kind": "function", "function": f"{__name__}:dice"}}
+
+    def seed() -> None:
+        import numpy as np
+        import torch
+
+        random.seed(7)
+        np.random.seed(7)
+        torch.manual_seed(7)
+
+    seed()
+    other = run(tmp_path / "other", overrides=overrides)
+    seed()
+    interrupted(tmp_path, monkeypatch, 3, overrides=overrides)
+    random.seed(8)
+    assert_same(run(tmp_path, overrides=overrides), other, 2)
+
+
+@pytest.mark.slow
+def test_a_longer_run_is_a_shorter_one_that_went_on(tmp_path: Path) -> None:
+    """Without the controller, which has a last word at each end of the run."""
+    run(tmp_path, overrides={"run.steps": 2, "control.target_entropy": None})
+    folder = run(tmp_path, overrides={"control.target_entropy": None})
+    assert_same(folder, run(tmp_path / "other", overrides={"control.target_entropy": None}), 3)
+    assert json.loads((folder / "spec.json").read_text())["run"]["steps"] == 3
+
+
+# --- killed between any two writes ------------------------------------------------------------------------------------
+
+
+def crashes(folder: Path, places: list[int]) -> list[int]:
+    """Runs of tests/crash_lab.py that died before their so manieth change of a file and were run again."""
+    lab = Path(__file__).with_name("crash_lab.py")
+    done = subprocess.run(
+        [sys.executable, str(lab), str(folder), *map(str, places)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [int(line) for line in done.stdout.split()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_between_every_two_writes(tmp_path: Path) -> None:
+    (changes,) = crashes(tmp_path, [0])
+    for start in range(1, changes + 1, 20):
+        batch = tmp_path / f"from-{start}"
+        batch.mkdir()
+        places = range(start, min(start + 20, changes + 1))
+        crashes(batch, list(places))
+        for place in places:
+            assert_same(batch / str(place) / "x", tmp_path / "0" / "x", 2)
+        shutil.rmtree(batch)
+
+
+# --- killed at any time -----------------------------------------------------------------------------------------------
+
+LONGER = [
+    "train",
+    "--preset",
+    "tiny",
+    "--name",
+    "x",
+    "--steps",
+    "6",
+    "--set",
+    "rollout.prompts=16",
+    "--set",
+    "optim.epochs=2",
+]
+
+
+def started(runs_dir: Path, *arguments: str, command: list[str] = LONGER, **options: Any) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "clipctl", *command, "--runs-dir", str(runs_dir), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options,
+    )  # fmt: skip
+
+
+def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    """Exit code and the last line on stderr."""
+    _, errors = process.communicate(timeout=300)
+    assert "Traceback" not in errors, errors
+    return process.returncode, (errors.splitlines() or [""])[-1]
+
+
+def wait_for_line(process: "subprocess.Popen[str]", words: str) -> None:
+    assert process.stderr is not None
+    while words not in (line := process.stderr.readline()):
+        assert line, f"the run ended before it said {words!r}"
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("longer")
+    assert ended(started(folder))[0] == 0
+    return folder / "x"
+
+
+def killed_until_it_is_done(runs_dir: Path, rng: random.Random, seconds: tuple[float, float]) -> int:
+    """Kills a run again and again, at random times after it began, until one ends; returns how often."""
+    for kills in range(1000):
+        process = started(runs_dir)
+        until = time.monotonic() + 60
+        while process.poll() is None and status_state(runs_dir / "x") != "running" and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(*seconds))
+        process.kill()
+        if ended(process)[0] == 0:
+            return kills
+        assert process.returncode == -signal.SIGKILL
+    raise AssertionError("it never ends")
+
+
+def status_state(folder: Path) -> str | None:
+    return status(folder)["state"] if (folder / "status.json").exists() else None
+
+
+@pytest.mark.slow
+def test_killed_a_few_times(tmp_path: Path, longer: Path) -> None:
+    assert killed_until_it_is_done(tmp_path, random.Random(0), (0.5, 4.0)) >= 1
+    assert_same(tmp_path / "x", longer, 6)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_killed_over_and_over(tmp_path: Path, longer: Path) -> None:
+    """At least 40 kills, in several runs; prints how many."""
+    rng, kills, runs = random.Random(time.time_ns()), 0, 0
+    while kills < 40:
+        folder = tmp_path / str(runs)
+        folder.mkdir()
+        kills += killed_until_it_is_done(folder, rng, (0.0, 3.0))
+        assert_same(folder / "x", longer, 6)
+        runs += 1
+    print(f"\n{kills} kills, {runs} runs, all as an undisturbed one")
+
+
+# --- signals from outside ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "words"),
+    [
+        (signal.SIGTERM, 75, "clipctl: stopped by SIGTERM; "),
+        (signal.SIGUSR1, 75, "clipctl: stopped by SIGUSR1; "),
+        (signal.SIGINT, 130, "clipctl: stopped by Ctrl-C; "),
+    ],
+)
+def test_a_signal_ends_a_run_that_goes_on(tmp_path: Path, longer: Path, number: int, code: int, words: str) -> None:
+    """As a shell script's background job, whose SIGINT is ignored; with grading processes, which do not outlive it."""
+    math = ["--set", "reward.kind=math"] if number == signal.SIGUSR1 else []
+    process = started(tmp_path, *math, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    wait_for_line(process, "rollout 2/6")
+    time.sleep(0.2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert bool(children) == bool(math)
+    process.send_signal(number)
+    returned, line = ended(process)
+    assert (returned, line[: len(words)]) == (code, words)
+    assert "the same command goes on from rollout" in line
+    assert not psutil.wait_procs(children, timeout=5)[1]
+    assert status(tmp_path / "x")["state"] == "interrupted"
+    assert rows(tmp_path, "select state from runs") == [("interrupted",)]
+    assert ended(started(tmp_path, *math))[0] == 0
+    if not math:
+        assert_same(tmp_path / "x", longer, 6)
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, longer: Path) -> None:
+    """In one long update: the first waits for its end, the second does not."""
+    one = [
+        *LONGER,
+        "--set",
+        "rollout.prompts=256",
+        "--set",
+        "optim.responses_per_update=2048",
+        "--set",
+        "optim.epochs=9",
+    ]
+    process = started(tmp_path, command=one)
+    wait_for_line(process, "rollout 1/6")
+    folder = tmp_path / "x"
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    returned, line = ended(process)
+    assert returned == 130
+    assert line.startswith(("clipctl: stopped at once by Ctrl-C; ", "clipctl: stopped by Ctrl-C; "))
+    assert status(folder)["state"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_no_child(tmp_path: Path) -> None:
+    process = started(tmp_path, "--set", "reward.kind=math")
+    wait_for_line(process, "rollout 1/6")
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.kill()
+    process.communicate()
+    assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+@pytest.mark.slow
+def test_before_the_end_of_a_slurm_job(tmp_path: Path) -> None:
+    """Slurm exports the end of the job's time; half of what is left, 6 s, is too short for the run."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "clipctl", "train", "--preset", "tiny", "--name", "x", "--runs-dir", str(tmp_path)],
+        env=ENVIRONMENT | {"SLURM_JOB_END_TIME": str(int(time.time()) + 14)}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    returned, line = ended(process)
+    assert returned == 75
+    assert line.startswith("clipctl: stopped by the job's time is nearly over")
+
+
+# --- what is refused, and what is said --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def interrupted_after_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        return interrupted(tmp_path_factory.mktemp("interrupted"), patch, 12)
+
+
+@pytest.fixture
+def two_rollouts(tmp_path: Path, interrupted_after_two: Path) -> Path:
+    """A run that was interrupted after two of three rollouts, with a checkpoint of each."""
+    return Path(shutil.copytree(interrupted_after_two, tmp_path / "x"))
+
+
+def test_another_spec_is_refused_with_its_difference(two_rollouts: Path) -> None:
+    with pytest.raises(SpecError) as error:
+        run(
+            two_rollouts.parent,
+            overrides={"clip.high": float("inf"), "optim.lr": 2e-3, "run.steps": 4, "checkpoint.keep": 3},
+        )
+    assert str(error.value) == (
+        "run.name: 'x' was begun with another spec: clip.high = 0.1, now inf; optim.lr = 0.001, now 0.002; only run.steps, "
+        "eval.* and checkpoint.* may change: choose another --name"
+    )
+    with pytest.raises(SpecError, match=r"run\.steps = 1: 'x' has 2 rollouts already"):
+        run(two_rollouts.parent, overrides={"run.steps": 1})
+
+
+def test_keys_of_another_kind_are_a_difference() -> None:
+    one, two = load_spec("tiny"), load_spec("tiny", {"reward.kind": "bernoulli", "run.steps": 9, "eval.k": 3})
+    assert spec_changes(one, two) == [
+        "reward.kind = 'gsm8k', now 'bernoulli'",
+        "reward.correct = 1.0, now none",
+        "reward.wrong = 0.0, now none",
+        "reward.p = none, now 0.5",
+    ]
+
+
+def test_must_and_never(tmp_path: Path, two_rollouts: Path) -> None:
+    with pytest.raises(SpecError, match="--resume must: there is no run 'y'"):
+        run(tmp_path, overrides={"run.name": "y"}, resume="must")
+    with pytest.raises(SpecError, match="--resume must: a run without --name is always a new one"):
+        run(tmp_path, overrides={"run.name": None}, resume="must")
+    with pytest.raises(SpecError, match="'x' exists in"):
+        run(tmp_path, resume="never")
+    assert run(tmp_path, resume="must") == two_rollouts
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "thesis.tex").write_text("years of work")
+    with pytest.raises(SpecError, match=r"is no run \(it has thesis\.tex and no spec\.json\)"):
+        run(tmp_path)
+    assert [entry.name for entry in (tmp_path / "x").iterdir()] == ["thesis.tex"]
+
+
+def test_other_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(f'{{"q": "{n} + 2 + 3", "a": "{n + 5}"}}\n' for n in range(1, 9)))
+    overrides = {"data": {"task": "file", "path": str(data), "question_field": "q", "answer_field": "a"}}
+    interrupted(tmp_path, monkeypatch, 7, overrides=overrides)
+    data.write_text(data.read_text().replace("4 + 2", "4 + 1"))
+    with pytest.raises(DataError, match="are not those that the run was begun with"):
+        run(tmp_path, overrides=overrides)
+
+
+def test_a_run_that_is_being_run_is_refused_and_a_killed_one_is_not(tmp_path: Path, two_rollouts: Path) -> None:
+    """The lock is the kernel's, so that a process that was killed holds none, whatever status.json says."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys, fcntl, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); "
+         "print('held', flush=True); time.sleep(600)", str(two_rollouts / ".lock")], stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        (two_rollouts / "status.json").write_text(json.dumps(status(two_rollouts) | {"state": "running"}))
+        with pytest.raises(SpecError, match=rf"'x' is being run \(process {os.getpid()} on {os.uname().nodename}\)"):
+            run(tmp_path)
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert run(tmp_path) == two_rollouts
+
+
+@pytest.mark.slow
+def test_of_two_launches_at_once_one_runs(tmp_path: Path, longer: Path) -> None:
+    processes = [started(tmp_path) for _ in range(2)]
+    results = sorted(ended(process) for process in processes)
+    assert [code for code, _ in results] == [0, 2]
+    assert "'x' is being run" in results[1][1] or "'x' exists in" in results[1][1]
+    assert_same(tmp_path / "x", longer, 6)
+
+
+def test_a_run_of_another_machine_is_watched_for_a_heartbeat(
+    tmp_path: Path, two_rollouts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Locks may be of one machine only. Clocks are not compared: the heartbeat of the other one may be of any time."""
+    from clipctl import lock
+
+    monkeypatch.setattr(lock, "BEAT_SECONDS", -3.5)
+    elsewhere = status(two_rollouts) | {
+        "state": "running",
+        "host": "elsewhere",
+        "heartbeat": "2099-01-01T00:00:00+00:00",
+    }
+    (two_rollouts / "status.json").write_text(json.dumps(elsewhere))
+
+    def beat(seconds: float) -> None:
+        (two_rollouts / "status.json").write_text(json.dumps(elsewhere | {"heartbeat": "2001-01-01T00:00:00+00:00"}))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lock.time, "sleep", beat)
+        with pytest.raises(SpecError, match=r"is being run \(process .* on elsewhere"):
+            run(tmp_path)
+    said: list[str] = []
+    assert run(tmp_path, said=said) == two_rollouts
+    assert said[0].startswith("elsewhere was running x: waiting for")
+
+
+@pytest.mark.parametrize("year", [2099, pytest.param(2001, marks=pytest.mark.slow)])
+def test_a_clock_that_jumped_changes_nothing(two_rollouts: Path, undisturbed: Path, year: int) -> None:
+    """Heartbeat, start and earlier attempts lie in the future or far back."""
+    text = (two_rollouts / "status.json").read_text().replace('"interrupted"', '"running"')
+    (two_rollouts / "status.json").write_text(text.replace(f'"{time.gmtime().tm_year}-', f'"{year}-'))
+    assert rows(two_rollouts, "select state from runs") == [("crashed",)]
+    assert_same(run(two_rollouts.parent), undisturbed, 3)
+    assert rows(two_rollouts, "select state from runs") == [("finished",)]
+
+
+@pytest.mark.slow
+def test_a_run_that_an_alarm_stopped_stays_stopped(tmp_path: Path) -> None:
+    overrides = {"run.stop_on": ["no_clipping"], "clip.low": 0.9, "control.target_entropy": None, "clip.high": float("inf"),
+                 "optim.lr": 1e-6}  # fmt: skip
+    with pytest.raises(AlarmStop, match="stopped by the alarm no_clipping after rollout 0"):
+        run(tmp_path, overrides=overrides)
+    with pytest.raises(
+        AlarmStop, match=r"x was stopped by the alarm no_clipping .* raise run.steps to go on all the same"
+    ):
+        run(tmp_path, overrides=overrides)
+    said: list[str] = []
+    run(tmp_path, overrides=overrides | {"run.steps": 4}, said=said)
+    assert said[0] == "x: attempt 1 goes on from rollout 1"
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["flipped bit", pytest.param("truncated", marks=pytest.mark.slow)])
+def test_a_damaged_checkpoint_costs_what_came_after_the_one_before(
+    two_rollouts: Path, undisturbed: Path, how: str
+) -> None:
+    file = two_rollouts / "checkpoints" / "2" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content if how == "flipped bit" else content[: len(content) // 2])
+    said: list[str] = []
+    assert run(two_rollouts.parent, said=said) == two_rollouts
+    assert said[0].startswith("checkpoint 2 is not usable: model.safetensors ")
+    assert said[1] == "x: attempt 1 goes on from rollout 1"
+    assert rows(two_rollouts, "select message from events where kind = 'checkpoint_damaged'") == [(said[0],)]
+    assert_same(two_rollouts, undisturbed, 3)
+
+
+def test_without_a_good_checkpoint_nothing_is_begun_anew(two_rollouts: Path) -> None:
+    for rollouts in (1, 2):
+        (two_rollouts / "checkpoints" / str(rollouts) / "manifest.json").unlink()
+    before = rows(two_rollouts, "select * from rollouts order by rollout")
+    with pytest.raises(
+        StoreError, match=r"checkpoint 2 is not usable: .*; checkpoint 1 is not usable: .*; none is left"
+    ):
+        run(two_rollouts.parent)
+    assert rows(two_rollouts, "select * from rollouts order by rollout") == before
+
+
+def test_a_damaged_status_is_named(two_rollouts: Path) -> None:
+    (two_rollouts / "status.json").write_text('{"state": "interrupted"')
+    with pytest.raises(StoreError, match=r"status\.json is damaged; start anew"):
+        run(two_rollouts.parent)
+
+
+def mounted(folder: Path, *options: str) -> None:
+    folder.mkdir(exist_ok=True)
+    if subprocess.run(["mount", *options, str(folder)], check=False, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+
+
+@pytest.mark.slow
+def test_a_full_disk_loses_nothing(tmp_path: Path, undisturbed: Path) -> None:
+    """A checkpoint that does not fit is not there, the one before is; with room again the run goes on."""
+    disk = tmp_path / "disk"
+    mounted(disk, "-t", "tmpfs", "-o", "size=4200k", "tmpfs")
+    try:
+        with pytest.raises(StoreError, match="No space left on device") as error:
+            run(disk, overrides={"checkpoint.keep": "all"})
+        assert error.value.exit_code == 7
+        found = sorted(entry.name for entry in (disk / "x" / "checkpoints").iterdir())
+        assert found in (["1", "latest"], ["1", "2", "latest"])
+        subprocess.run(["mount", "-o", "remount,size=30m", str(disk)], check=True)
+        assert_same(run(disk, overrides={"checkpoint.keep": 2}), undisturbed, 3)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_folder_that_became_read_only_is_named(tmp_path: Path, two_rollouts: Path) -> None:
+    place = tmp_path / "place"
+    mounted(place, "--bind", str(tmp_path))
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(place)], check=True)
+        with pytest.raises(StoreError, match=r"cannot be written|Read-only file system"):
+            run(place)
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+    assert run(tmp_path) == two_rollouts
