@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from clipctl.checkpoint import MANIFEST
 from clipctl.schema import arrow_schema
 from clipctl.segments import digest, sync
 
@@ -32,9 +33,10 @@ def eval_cache_folder() -> Path:
 
 
 def model_hash(folder: Path) -> str:
-    """32 hex digits of BLAKE2b over weights, configuration and tokenizer of a model's folder: names and contents."""
+    """32 hex digits of BLAKE2b over weights, configuration and tokenizer of a model's folder: names and contents.
+    A checkpoint's manifest is not of the model."""
     whole = hashlib.blake2b(digest_size=16)
-    for file in sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)}):
+    for file in sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)} - {folder / MANIFEST}):
         with file.open("rb") as stream:
             content = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16))
         whole.update(f"{file.name} {content.hexdigest()}\n".encode())

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -159,8 +159,8 @@ def run_evaluation(
     if status["state"] == "finished":
         tell(f"{folder.name} is finished; these are its numbers")
         return folder
-    with _only_one(folder):
-        writer = continue_evaluation(folder, spec.model_dump_json(indent=2))
+    with _only_one(folder) as lock:
+        writer = continue_evaluation(folder, spec.model_dump_json(indent=2), lock)
         done = what_is_done(folder)
         of = sum(len(benchmark.problems) for benchmark in loaded.benchmarks)
         tell(f"{folder.name} goes on: {len(done.correct)} of {of} problems are there")
@@ -296,14 +296,14 @@ def stored_rows(folder: Path, benchmark: str) -> Rows:
 
 
 @contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
+def _only_one(folder: Path) -> Iterator[IO[str]]:
     """Two processes must not go on with one evaluation."""
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SpecError(f"--name: another process goes on with {folder.name!r}") from None
-        yield
+        yield lock
 
 
 def _check_name(name: str) -> None:

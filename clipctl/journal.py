@@ -94,10 +94,10 @@ class RunWriter:
         label: str,
         lock: IO[str],
         before: Mapping[str, Any] | None = None,
-        resumed_at: int = 0,
+        resumed_at: int | None = None,
     ) -> None:
         """lock: of `lock_run`, given back by `close`. before: the status of the attempt before, whose rows from the rollout
-        `resumed_at` on readers will hide."""
+        `resumed_at` on readers will hide; None: they hide none."""
         import threading
 
         self.folder = folder
@@ -111,7 +111,11 @@ class RunWriter:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         now = _now()
-        resume = {"attempt": self.attempt, "resumed_at": resumed_at, "time": now}
+        resumes = (
+            []
+            if not before or resumed_at is None
+            else [{"attempt": self.attempt, "resumed_at": resumed_at, "time": now}]
+        )
         self._status: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "kind": json.loads(spec_json).get("kind", "run"),
@@ -121,9 +125,9 @@ class RunWriter:
             "created_at": before["created_at"] if before else now,
             "finished_at": None,
             "heartbeat": now,
-            "rollouts": resumed_at,
+            "rollouts": resumed_at or 0,
             "attempt": self.attempt,
-            "resumes": [*before["resumes"], resume] if before else [],
+            "resumes": [*(before["resumes"] if before else []), *resumes],
             "message": "",
             "pid": os.getpid(),
             "host": socket.gethostname(),

@@ -681,5 +681,5 @@ _REWARDS = {
     for reward in get_args(get_args(Reward)[0])
 }
 _KINDS = list(_REWARDS)
-_VALUE_UNIONS = {("store", "tokens"), ("control", "target_entropy")}
+_VALUE_UNIONS = {("store", "tokens"), ("control", "target_entropy"), ("checkpoint", "keep")}
 """Keys that take one of several kinds of values."""

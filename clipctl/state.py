@@ -22,9 +22,9 @@ from clipctl import __version__
 from clipctl.alarms import RolloutFacts
 from clipctl.control import ControlState, Profile
 from clipctl.engine import ProbeResult, Scores, UpdateResult
-from clipctl.ledger import EntropyLedger, Terms
-from clipctl.loss import PolicyLoss, UpdateTokens
-from clipctl.records import Columns, Group, pack
+from clipctl.ledger import EntropyLedger, RatioProfile, Terms
+from clipctl.loss import PolicyLoss, UpdateSums, UpdateTokens
+from clipctl.records import Columns, Group, Update, pack
 from clipctl.rollout import Batch, Completion, Problem, Prompt
 
 Rng = dict[str, Any]
@@ -36,8 +36,9 @@ class RunState:
     """Between two rollouts.
 
     rollout: the next one. position: the next place of the prompt stream. control: of the controller. history: what alarms
-    look at. profile: histogram of the last rollout's ratios, for the controller; None where it has no use for one. rng: of
-    whoever does not draw by keys, such as a reward function of the user's.
+    look at. profile: histogram of the ratios of the last rollout that had updates, None while none had. evaluated: rollouts
+    before the last evaluation, None without one. rng: of whoever does not draw by keys, such as a reward function of the
+    user's.
     """
 
     rng: Rng
@@ -46,6 +47,7 @@ class RunState:
     control: ControlState | None = None
     history: tuple[RolloutFacts, ...] = ()
     profile: Profile | None = None
+    evaluated: int | None = None
 
 
 @dataclass(slots=True)
@@ -54,7 +56,8 @@ class OpenRollout:
 
     groups: all that was sampled. trained: those that dynamic sampling kept. next_position: of the prompt stream after them.
     old: the trainer's scores. noise: rows of the `noise` table. control, loss: the controller's state and the ε for these
-    updates. done: the updates so far. seconds: of sampling, rewards, scoring, and the updates so far.
+    updates. done: the updates so far, but for the last ones, whose tokens are waiting to be summed. seconds: of sampling,
+    rewards, scoring, and the updates so far.
     """
 
     groups: list[Group]
@@ -66,7 +69,13 @@ class OpenRollout:
     control: ControlState | None
     loss: PolicyLoss
     seconds: list[float]
-    done: list[UpdateResult] = field(default_factory=list)
+    done: list[Update] = field(default_factory=list)
+    waiting: list[UpdateResult] = field(default_factory=list)
+
+    @property
+    def updates(self) -> int:
+        """How many there were so far."""
+        return len(self.done) + len(self.waiting)
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ def save_state(
 ) -> None:
     """Writes state.json and state.safetensors. Raises OSError and SafetensorError.
 
-    rollout: the one that is under way, with what was told of it so far (events). rng: of now. data: of `digest_of_data`.
+    rollout: the one that is under way. events: what was told since the last one. rng: of now. data: of `digest_of_data`.
     """
     from safetensors.torch import save_file
 
@@ -109,10 +118,12 @@ def save_state(
         "numpy_rng": [rng["numpy"][0], *rng["numpy"][2:]],
         "data": data,
         "versions": versions(),
+        "evaluated": state.evaluated,
+        "events": list(events),
         "open": None,
     }
     if rollout is not None:
-        facts["open"] = _rollout_facts(rollout) | {"events": list(events)}
+        facts["open"] = _rollout_facts(rollout)
         tensors |= _rollout_tensors(rollout)
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / "state.safetensors")
     (folder / "state.json").write_text(json.dumps(facts))
@@ -133,6 +144,7 @@ def read_run_state(saved: SavedState) -> RunState:
         control=_read_control(facts["control"]),
         history=tuple(RolloutFacts(**row) for row in facts["history"]),
         profile=profile or None,
+        evaluated=facts["evaluated"],
     )
 
 
@@ -159,6 +171,7 @@ def read_open_rollout(
         for at in range(len(prompts))
     ]
     scored = "old.logprob" in tensors
+    loss = PolicyLoss(**facts["loss"])
     return OpenRollout(
         groups=groups,
         trained=[groups[at] for at in facts["trained"]],
@@ -167,9 +180,10 @@ def read_open_rollout(
         old=Scores(tensors["old.logprob"], tensors["old.entropy"]) if scored else None,
         noise=facts["noise"],
         control=_read_control(facts["control"]),
-        loss=PolicyLoss(**facts["loss"]),
+        loss=loss,
         seconds=facts["seconds"],
-        done=_read_updates(saved, device),
+        done=_read_done(saved, loss),
+        waiting=_read_waiting(saved, device),
     )
 
 
@@ -261,8 +275,10 @@ def _rollout_facts(rollout: OpenRollout) -> dict[str, Any]:
         "control": _plain(rollout.control),
         "loss": asdict(rollout.loss),
         "seconds": rollout.seconds,
-        "updates": [
-            {"grad_norm": done.grad_norm, "loss": done.loss, "probe": _plain(done.probe)} for done in rollout.done
+        "done": [_update_facts(done) for done in rollout.done],
+        "waiting": [
+            {"grad_norm": result.grad_norm, "loss": result.loss, "probe": _plain(result.probe)}
+            for result in rollout.waiting
         ],
     }
 
@@ -280,19 +296,54 @@ def _rollout_tensors(rollout: OpenRollout) -> dict[str, Tensor]:
     }
     if rollout.old is not None:
         tensors |= {"old.logprob": rollout.old.logprob_T, "old.entropy": rollout.old.entropy_T}
-    if rollout.done:
-        tensors["updates.tokens"] = torch.tensor([len(done.tokens.logprob_T) for done in rollout.done])
+    for at, done in enumerate(rollout.done):
+        tensors |= {f"done.{at}.clipped": done.clipped_2T, f"done.{at}.profile": done.sums.profile.sums_3BC}
+    if rollout.waiting:
+        tensors["waiting.tokens"] = torch.tensor([len(result.tokens.logprob_T) for result in rollout.waiting])
         for name in UpdateTokens.__slots__:
-            tensors[f"updates.{name}"] = torch.cat([getattr(done.tokens, name) for done in rollout.done])
+            tensors[f"waiting.{name}"] = torch.cat([getattr(result.tokens, name) for result in rollout.waiting])
     return tensors
 
 
-def _read_updates(saved: SavedState, device: str) -> list[UpdateResult]:
-    facts, tensors = saved.facts["open"]["updates"], saved.tensors
+SCALARS = ("loss", "entropy", "kl", "ratio", "log_ratio_min", "log_ratio_max", "eps_low", "eps_high")
+"""Of `UpdateSums`."""
+
+
+def _update_facts(done: Update) -> dict[str, Any]:
+    profile = done.sums.profile
+    return {
+        "rows": [done.rows.start, done.rows.stop],
+        "grad_norm": done.grad_norm,
+        "probe": _plain(done.probe),
+        "sums": {name: getattr(done.sums, name) for name in SCALARS},
+        "edges": [profile.low_edges, profile.high_edges],
+    }
+
+
+def _read_done(saved: SavedState, loss: PolicyLoss) -> list[Update]:
+    tensors = saved.tensors
+    return [
+        Update(
+            range(*row["rows"]),
+            loss,
+            row["grad_norm"],
+            UpdateSums(
+                **row["sums"],
+                profile=RatioProfile(tuple(row["edges"][0]), tuple(row["edges"][1]), tensors[f"done.{at}.profile"]),
+            ),
+            _read_probe(row["probe"]),
+            tensors[f"done.{at}.clipped"],
+        )
+        for at, row in enumerate(saved.facts["open"]["done"])
+    ]
+
+
+def _read_waiting(saved: SavedState, device: str) -> list[UpdateResult]:
+    facts, tensors = saved.facts["open"]["waiting"], saved.tensors
     if not facts:
         return []
-    sizes = tensors["updates.tokens"].tolist()
-    columns = [torch.split(tensors[f"updates.{name}"].to(device), sizes) for name in UpdateTokens.__slots__]
+    sizes = tensors["waiting.tokens"].tolist()
+    columns = [torch.split(tensors[f"waiting.{name}"].to(device), sizes) for name in UpdateTokens.__slots__]
     return [
         UpdateResult(row["grad_norm"], row["loss"], UpdateTokens(*parts), _read_probe(row["probe"]))
         for row, parts in zip(facts, zip(*columns, strict=True), strict=True)

@@ -9,22 +9,10 @@ entropy bonus. Dimension letters as in `clipctl.rollout`.
 import operator
 import secrets
 import sys
-<<<<<<< HEAD
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-||||||| parent of 197da8c (wip)
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from datetime import datetime
-=======
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from datetime import datetime
->>>>>>> 197da8c (wip)
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from functools import reduce
 from pathlib import Path
 from time import perf_counter
@@ -37,17 +25,12 @@ from numpy.typing import NDArray
 
 from clipctl.alarms import RolloutFacts, new_alarms
 from clipctl.algo import group_advantages, overlong_penalty
-<<<<<<< HEAD
-from clipctl.benchmarks import Benchmark, load_benchmarks
-||||||| parent of 197da8c (wip)
-=======
 from clipctl.attempts import Earlier, Resume, find_earlier
+from clipctl.benchmarks import Benchmark, load_benchmarks
 from clipctl.checkpoint import STATE, Place, new_checkpoint
->>>>>>> 197da8c (wip)
 from clipctl.control import TOLERANCE, ControlState, held, next_action, start_control
 from clipctl.engine import EnginePair, Measure, Scores, UpdateResult, open_engine
-<<<<<<< HEAD
-from clipctl.errors import AlarmStop, DataError, DivergedError, EngineError, Interrupted, SpecError
+from clipctl.errors import AlarmStop, DataError, DivergedError, EngineError, SpecError
 from clipctl.eval_cache import model_hash
 from clipctl.evaluate import (
     Evaluator,
@@ -60,21 +43,10 @@ from clipctl.evaluate import (
     reuse_keys,
     segments_of,
 )
-||||||| parent of 197da8c (wip)
-from clipctl.errors import AlarmStop, DataError, DivergedError, EngineError, Interrupted, SpecError
-=======
-from clipctl.errors import AlarmStop, DataError, DivergedError, EngineError, SpecError
 from clipctl.interrupts import StopNow, StopRequests, catch_signals, job_end
->>>>>>> 197da8c (wip)
 from clipctl.journal import RunWriter, check_place, create_run
-<<<<<<< HEAD
-from clipctl.loss import PolicyLoss
-||||||| parent of 197da8c (wip)
-from clipctl.loss import PolicyLoss, UpdateSums
-=======
 from clipctl.lock import print_warning
 from clipctl.loss import PolicyLoss
->>>>>>> 197da8c (wip)
 from clipctl.models import ChatTokenizer, check_device, find_model, load_tokenizer, stop_ids
 from clipctl.overlap import work_while_making
 from clipctl.records import (
@@ -161,7 +133,6 @@ class Job:
     warn: Callable[[str], None]
 
 
-<<<<<<< HEAD
 @dataclass(frozen=True, slots=True)
 class PolicyEvaluation:
     """What the policy is evaluated on during training, and how. setup: of the base model; its files have a hash."""
@@ -170,19 +141,6 @@ class PolicyEvaluation:
     setup: Setup
 
 
-def print_warning(line: str) -> None:
-    """One line on stderr."""
-    print(line, file=sys.stderr, flush=True)
-
-
-||||||| parent of 197da8c (wip)
-def print_warning(line: str) -> None:
-    """One line on stderr."""
-    print(line, file=sys.stderr, flush=True)
-
-
-=======
->>>>>>> 197da8c (wip)
 def train(
     spec: RunSpec,
     *,
@@ -200,96 +158,6 @@ def train(
     Ctrl-C, the end of a job's time), diverged (non-finite), stopped (by an alarm), failed.
     """
     name = spec.run.name or f"{label}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-<<<<<<< HEAD
-    check_place(Path(runs_dir), name)
-    grader = grader_of(spec.reward, task_grader(spec.data))
-    problems = load_problems(spec.data, grader=grader)
-    check_device(spec.engine.device)
-    folder = find_model(spec.model.path, pull=True)
-    tokenizer = load_tokenizer(folder, spec.model.chat_template)
-    data = tokenize(problems, tokenizer, spec.rollout.max_prompt_tokens)
-    check_context(spec, data, folder)
-    evaluation = load_evaluation(spec, tokenizer, folder) if spec.eval.every else None
-    writer = create_run(Path(runs_dir), name, spec_json(spec), label)
-    with ExitStack() as stack:
-        try:
-            # Grading processes start before torch has threads or a CUDA context to be copied.
-            scorer = stack.enter_context(open_scorer(spec.reward, grader, spec.run.seed))
-            engine = open_engine(spec, folder)
-            stack.callback(engine.sampler.close)
-            params = SamplingParams(
-                spec.rollout.max_response_tokens,
-                spec.rollout.temperature,
-                spec.rollout.top_p,
-                stop_ids(folder, tokenizer),
-            )
-            job = Job(spec, data, tokenizer, params, scorer, engine, evaluation, writer, report, warn)
-            note_choices(job)
-            run_rollouts(job)
-        except KeyboardInterrupt:
-            writer.close("interrupted", "stopped by hand")
-            raise Interrupted(f"stopped by hand; what was measured is in {writer.folder}") from None
-        except DivergedError as error:
-            writer.close("diverged", str(error))
-            raise
-        except AlarmStop as error:
-            writer.close("stopped", str(error))
-            raise
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            writer.close("failed", f"out of memory: {error}")
-            raise EngineError(
-                f"out of memory ({str(error).splitlines()[0]}); lower engine.tokens_per_microbatch "
-                f"(now {spec.engine.tokens_per_microbatch}) or engine.sampler_rows (now {spec.engine.sampler_rows})"
-            ) from None
-        except BaseException as error:
-            writer.close("failed", str(error))
-            raise
-        writer.close("finished", "")
-||||||| parent of 197da8c (wip)
-    check_place(Path(runs_dir), name)
-    grader = grader_of(spec.reward, task_grader(spec.data))
-    problems = load_problems(spec.data, grader=grader)
-    check_device(spec.engine.device)
-    folder = find_model(spec.model.path, pull=True)
-    tokenizer = load_tokenizer(folder, spec.model.chat_template)
-    data = tokenize(problems, tokenizer, spec.rollout.max_prompt_tokens)
-    check_context(spec, data, folder)
-    writer = create_run(Path(runs_dir), name, spec_json(spec), label)
-    with ExitStack() as stack:
-        try:
-            # Grading processes start before torch has threads or a CUDA context to be copied.
-            scorer = stack.enter_context(open_scorer(spec.reward, grader, spec.run.seed))
-            engine = open_engine(spec, folder)
-            stack.callback(engine.sampler.close)
-            params = SamplingParams(
-                spec.rollout.max_response_tokens,
-                spec.rollout.temperature,
-                spec.rollout.top_p,
-                stop_ids(folder, tokenizer),
-            )
-            job = Job(spec, data, tokenizer, params, scorer, engine, writer, report, warn)
-            note_choices(job)
-            run_rollouts(job)
-        except KeyboardInterrupt:
-            writer.close("interrupted", "stopped by hand")
-            raise Interrupted(f"stopped by hand; what was measured is in {writer.folder}") from None
-        except DivergedError as error:
-            writer.close("diverged", str(error))
-            raise
-        except AlarmStop as error:
-            writer.close("stopped", str(error))
-            raise
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            writer.close("failed", f"out of memory: {error}")
-            raise EngineError(
-                f"out of memory ({str(error).splitlines()[0]}); lower engine.tokens_per_microbatch "
-                f"(now {spec.engine.tokens_per_microbatch}) or engine.sampler_rows (now {spec.engine.sampler_rows})"
-            ) from None
-        except BaseException as error:
-            writer.close("failed", str(error))
-            raise
-        writer.close("finished", "")
-=======
     if spec.run.name is None and resume == "must":
         raise SpecError(
             "--resume must: a run without --name is always a new one; give the --name of the run to go on with"
@@ -312,6 +180,7 @@ def train(
             tokenizer = load_tokenizer(folder, spec.model.chat_template)
             data = tokenize(problems, tokenizer, spec.rollout.max_prompt_tokens)
             check_context(spec, data, folder)
+            evaluation = load_evaluation(spec, tokenizer, folder) if spec.eval.every else None
         writer = open_writer(Path(runs_dir), name, spec, label, earlier)
         with closing_run(spec, writer, stop, named=spec.run.name is not None):
             with stop.interruptible():
@@ -325,9 +194,8 @@ def train(
                     spec.rollout.top_p,
                     stop_ids(folder, tokenizer),
                 )
-                job = Job(spec, data, tokenizer, params, scorer, engine, writer, stop, report, warn)
+                job = Job(spec, data, tokenizer, params, scorer, engine, evaluation, writer, stop, report, warn)
             run_rollouts(job, *begin(job, earlier))
->>>>>>> 197da8c (wip)
     return writer.folder
 
 
@@ -373,25 +241,49 @@ def run_rollouts(job: Job, state: RunState, opened: OpenRollout | None) -> None:
     opened: the rollout in whose updates the run was interrupted. A request to stop drops samples, which keyed draws make
     again, but lets an update finish; then everything is saved.
     """
-    spec = job.spec
+    spec, every = job.spec, job.spec.checkpoint.every
     saved = state.rollout
+    if opened is None:
+        state = evaluate_when_due(job, state, saved)
     while state.rollout < spec.run.steps:
-        try:
-            with job.stop.interruptible():
-                opened = opened or open_rollout(job, state)
-        except StopNow:
-            if saved != state.rollout and not job.stop.at_once:
-                save_checkpoint(job, state)
-            raise
+        if opened is None:
+            with dropped_when_stopped(job, state, saved):
+                opened = open_rollout(job, state)
         updates = run_updates(job, state, opened)
         state, stopping = end_rollout(job, state, opened, updates)
         opened = None
-        every = spec.checkpoint.every
+        if not stopping:
+            state = evaluate_when_due(job, state, saved)
         if stopping or state.rollout == spec.run.steps or (every and state.rollout % every == 0):
             save_checkpoint(job, state)
             saved = state.rollout
         if stopping:
             raise AlarmStop(f"stopped by the alarm {stopping}")
+
+
+@contextmanager
+def dropped_when_stopped(job: Job, state: RunState, saved: int) -> Iterator[None]:
+    """Work between two rollouts that a request to stop drops, with what was told of it; the state before it is saved, where
+    the newest checkpoint, after `saved` rollouts, is an older one."""
+    told = len(job.writer.recent)
+    try:
+        with job.stop.interruptible():
+            yield
+    except StopNow:
+        del job.writer.recent[told:]
+        if saved != state.rollout and not job.stop.at_once:
+            save_checkpoint(job, state)
+        raise
+
+
+def evaluate_when_due(job: Job, state: RunState, saved: int) -> RunState:
+    """The state after the evaluation that belongs here, where one does and was not done: before the checkpoint, so that a
+    run goes on behind it."""
+    if job.evaluation is None or state.evaluated == state.rollout or state.rollout not in job.spec.evaluated_after:
+        return state
+    with dropped_when_stopped(job, state, saved):
+        evaluate_policy(job, job.evaluation, state.rollout)
+    return replace(state, evaluated=state.rollout)
 
 
 def open_rollout(job: Job, state: RunState) -> OpenRollout:
@@ -403,7 +295,7 @@ def open_rollout(job: Job, state: RunState) -> OpenRollout:
     batch = pack(trained) if trained else None
     old = job.engine.trainer.score(batch) if batch is not None else None
     seconds = [drawn.seconds_sample, drawn.seconds_reward, perf_counter() - started, 0.0]
-    noise = measure_noise(job, batch, trained, old) if state.rollout == 0 else None
+    noise = measure_noise(job, batch, trained, old) if state.profile is None else None
     control, loss = choose_clip(job, state, None if old is None else mean_entropy(trained, old))
     return OpenRollout(drawn.groups, trained, drawn.next_position, drawn.refills, old, noise, control, loss, seconds)
 
@@ -414,90 +306,31 @@ def end_rollout(
     """update → store: the new policy to the sampler, the rollout's rows, its line, its alarms. Returns the next state, and
     the alarm that `run.stop_on` names, with its reason, where one began."""
     spec, engine = job.spec, job.engine
-<<<<<<< HEAD
-    position = 0
-    history: list[RolloutFacts] = []
-    control: ControlState | None = None
-    profiled: list[Update] = []
-    if job.evaluation is not None:
-        evaluate_policy(job, job.evaluation, 0)
-    for rollout in range(spec.run.steps):
-        drawn = draw_groups(job, rollout, position)
-        position = drawn.next_position
-        trained = [group for group in drawn.groups if group.has_advantage or not spec.rollout.dynamic_sampling]
-        started = perf_counter()
-        batch = pack(trained) if trained else None
-        old = engine.trainer.score(batch) if batch is not None else None
-        scored = perf_counter()
-        noise = {} if profiled else measure_noise(job, batch, trained, old)
-        entropy = None if old is None else mean_entropy(trained, old)
-        control, loss = choose_clip(job, rollout, control, entropy, profiled)
-        updates = run_updates(job, rollout, batch, old, loss)
-        profiled = updates or profiled
-        engine.sampler.update_weights(engine.trainer.weights(), version=rollout + 1)
-        seconds = Seconds(drawn.seconds_sample, drawn.seconds_reward, scored - started, perf_counter() - scored)
-        row = rollout_row(drawn.groups, trained, old, drawn.refills, seconds)
-        tables = rollout_tables(spec, drawn.groups, trained, old, updates, job.tokenizer.token_texts)
-        job.writer.write_rollout(rollout, row, tables | noise)
-        job.report(make_report(spec, rollout, row, updates, seconds))
-        history.append(rollout_facts(rollout, row, updates, spec))
-        raise_alarms(job, history, control)
-        if rollout + 1 == spec.run.steps or (spec.checkpoint.every and (rollout + 1) % spec.checkpoint.every == 0):
-            save_model(job, rollout + 1, control)
-        if job.evaluation is not None and rollout + 1 in spec.evaluated_after:
-            evaluate_policy(job, job.evaluation, rollout + 1)
-    note_control(job, control)
-||||||| parent of 197da8c (wip)
-    position = 0
-    history: list[RolloutFacts] = []
-    control: ControlState | None = None
-    updates: list[Update] = []
-    for rollout in range(spec.run.steps):
-        drawn = draw_groups(job, rollout, position)
-        position = drawn.next_position
-        trained = [group for group in drawn.groups if group.has_advantage or not spec.rollout.dynamic_sampling]
-        started = perf_counter()
-        batch = pack(trained) if trained else None
-        old = engine.trainer.score(batch) if batch is not None else None
-        scored = perf_counter()
-        noise = measure_noise(job, batch, trained, old) if rollout == 0 else {}
-        control, loss = choose_clip(job, rollout, control, None if old is None else mean_entropy(trained, old), updates)
-        updates = run_updates(job, rollout, batch, old, loss)
-        engine.sampler.update_weights(engine.trainer.weights(), version=rollout + 1)
-        seconds = Seconds(drawn.seconds_sample, drawn.seconds_reward, scored - started, perf_counter() - scored)
-        row = rollout_row(drawn.groups, trained, old, drawn.refills, seconds)
-        job.writer.write_rollout(rollout, row, rollout_tables(spec, drawn.groups, trained, old, updates) | noise)
-        job.report(make_report(spec, rollout, row, updates, seconds))
-        history.append(rollout_facts(rollout, row, updates, spec))
-        raise_alarms(job, history, control)
-        if rollout + 1 == spec.run.steps or (spec.checkpoint.every and (rollout + 1) % spec.checkpoint.every == 0):
-            save_model(job, rollout + 1, control)
-    note_control(job, control)
-=======
     started = perf_counter()
     engine.sampler.update_weights(engine.trainer.weights(), version=state.rollout + 1)
     opened.seconds[3] += perf_counter() - started
     seconds = Seconds(*opened.seconds)
     row = rollout_row(opened.groups, opened.trained, opened.old, opened.refills, seconds)
-    tables = rollout_tables(spec, opened.groups, opened.trained, opened.old, updates)
+    tables = rollout_tables(spec, opened.groups, opened.trained, opened.old, updates, job.tokenizer.token_texts)
     noise = {} if opened.noise is None else {"noise": opened.noise}
     job.writer.write_rollout(state.rollout, row, tables | noise)
     job.report(make_report(spec, state.rollout, row, updates, seconds))
     history = (*state.history, rollout_facts(state.rollout, row, updates, spec))
-    profile = reduce(operator.add, (update.sums.profile for update in updates)).columns() if updates else None
     after = RunState(
         rng=rng_state(),
         rollout=state.rollout + 1,
         position=opened.next_position,
         control=opened.control,
         history=history,
-        profile=profile if spec.control.target_entropy is not None else None,
+        profile=reduce(operator.add, (update.sums.profile for update in updates)).columns()
+        if updates
+        else state.profile,
+        evaluated=state.evaluated,
     )
     stopping = raise_alarms(job, history)
     if after.rollout == spec.run.steps:
         note_control(job, after)
     return after, stopping
->>>>>>> 197da8c (wip)
 
 
 TOKENS_AT_ONCE = 1 << 18
@@ -512,82 +345,34 @@ def run_updates(job: Job, state: RunState, opened: OpenRollout) -> list[Update]:
     batch = batch_of(opened)
     if batch is None or opened.old is None:
         return []
-<<<<<<< HEAD
-    spec, trainer = job.spec, job.engine.trainer
-    steps = spec.optim.epochs * minibatches(batch.responses, spec.optim.responses_per_update)
-    measures = [measure_of(spec.ledger, len(steps) - 1 - step) for step in range(len(steps))]
-    if set(measures) != {"sums"}:
-        key = DrawKey(spec.run.seed, rollout, 0)
-        trainer.keep_probe(batch, spread_states(batch.lengths_R, spec.ledger.probe_states, key))
-    done: list[Update] = []
-    waiting: list[UpdateResult] = []
-    for rows, measure in zip(steps, measures, strict=True):
-        waiting.append(trainer.step(batch, rows, old, loss, measure))
-        last = len(done) + len(waiting) == len(steps)
-        if last or sum(len(result.tokens.logprob_T) for result in waiting) >= TOKENS_AT_ONCE:
-            sums = loss.sums([result.loss for result in waiting], [result.tokens for result in waiting])
-            done += [
-                Update(its_rows, loss, result.grad_norm, its_sums, result.probe, loss.clipped(result.tokens))
-                for its_rows, result, its_sums in zip(steps[len(done) :], waiting, sums, strict=False)
-            ]
-            waiting = []
-    return done
-||||||| parent of 197da8c (wip)
-    spec, trainer = job.spec, job.engine.trainer
-    steps = spec.optim.epochs * minibatches(batch.responses, spec.optim.responses_per_update)
-    measures = [measure_of(spec.ledger, len(steps) - 1 - step) for step in range(len(steps))]
-    if set(measures) != {"sums"}:
-        key = DrawKey(spec.run.seed, rollout, 0)
-        trainer.keep_probe(batch, spread_states(batch.lengths_R, spec.ledger.probe_states, key))
-    done: list[UpdateResult] = []
-    sums: list[UpdateSums] = []
-    for rows, measure in zip(steps, measures, strict=True):
-        done.append(trainer.step(batch, rows, old, loss, measure))
-        waiting = done[len(sums) :]
-        if len(done) == len(steps) or sum(len(result.tokens.logprob_T) for result in waiting) >= TOKENS_AT_ONCE:
-            sums += loss.sums([result.loss for result in waiting], [result.tokens for result in waiting])
-    return [
-        Update(len(rows), loss, result.grad_norm, its_sums, result.probe)
-        for rows, result, its_sums in zip(steps, done, sums, strict=True)
-    ]
-=======
     trainer, loss = job.engine.trainer, opened.loss
     steps = steps_of(job.spec, batch)
     measures = [measure_of(job.spec.ledger, len(steps) - 1 - step) for step in range(len(steps))]
-    if not opened.done and set(measures) != {"sums"}:
+    if not opened.updates and set(measures) != {"sums"}:
         trainer.keep_probe(batch, probe_states(job.spec, state.rollout, batch))
-    while len(opened.done) < len(steps):
-        if opened.done and job.stop.reason:
+    while opened.updates < len(steps):
+        if opened.updates and job.stop.reason:
             save_checkpoint(job, state, opened)
             raise StopNow
-        at, started = len(opened.done), perf_counter()
-        opened.done.append(trainer.step(batch, steps[at], opened.old, loss, measures[at]))
+        at, started = opened.updates, perf_counter()
+        opened.waiting.append(trainer.step(batch, steps[at], opened.old, loss, measures[at]))
+        tokens = sum(len(result.tokens.logprob_T) for result in opened.waiting)
+        if opened.updates == len(steps) or tokens >= TOKENS_AT_ONCE:
+            opened.done += summed(steps[len(opened.done) :], opened.waiting, loss)
+            opened.waiting = []
         opened.seconds[3] += perf_counter() - started
-    started = perf_counter()
-    sums = [
-        row
-        for part in parts_of(opened.done)
-        for row in loss.sums([result.loss for result in part], [result.tokens for result in part])
-    ]
-    opened.seconds[3] += perf_counter() - started
+    return opened.done
+
+
+def summed(steps: Sequence[range], results: Sequence[UpdateResult], loss: PolicyLoss) -> list[Update]:
+    """Updates as they are stored, without their tokens. steps: the responses of each of the results, and of more."""
+    sums = loss.sums([result.loss for result in results], [result.tokens for result in results])
     return [
-        Update(len(rows), loss, result.grad_norm, its_sums, result.probe)
-        for rows, result, its_sums in zip(steps, opened.done, sums, strict=True)
+        Update(rows, loss, result.grad_norm, its_sums, result.probe, loss.clipped(result.tokens))
+        for rows, result, its_sums in zip(steps, results, sums, strict=False)
     ]
->>>>>>> 197da8c (wip)
 
 
-<<<<<<< HEAD
-def choose_clip(
-    job: Job, rollout: int, state: ControlState | None, entropy: float | None, before: Sequence[Update]
-) -> tuple[ControlState | None, PolicyLoss]:
-    """The ε of this rollout's updates: the spec's, or what the controller makes of the profile of the last updates.
-||||||| parent of 197da8c (wip)
-def choose_clip(
-    job: Job, rollout: int, state: ControlState | None, entropy: float | None, before: Sequence[Update]
-) -> tuple[ControlState | None, PolicyLoss]:
-    """The ε of this rollout's updates: the spec's, or what the controller makes of the last rollout's profile.
-=======
 def steps_of(spec: RunSpec, batch: Batch) -> list[range]:
     """The responses of each update of a rollout."""
     return spec.optim.epochs * minibatches(batch.responses, spec.optim.responses_per_update)
@@ -598,29 +383,10 @@ def probe_states(spec: RunSpec, rollout: int, batch: Batch) -> list[tuple[int, i
     return spread_states(batch.lengths_R, spec.ledger.probe_states, DrawKey(spec.run.seed, rollout, 0))
 
 
-def parts_of(done: Sequence[UpdateResult]) -> list[list[UpdateResult]]:
-    """The updates in parts of at least TOKENS_AT_ONCE tokens, but for the last. A function of their sizes alone, so an
-    interruption does not change what is summed together."""
-    parts: list[list[UpdateResult]] = [[]]
-    for result in done:
-        if sum(len(other.tokens.logprob_T) for other in parts[-1]) >= TOKENS_AT_ONCE:
-            parts.append([])
-        parts[-1].append(result)
-    return parts
-
-
 def choose_clip(job: Job, before: RunState, entropy: float | None) -> tuple[ControlState | None, PolicyLoss]:
-    """The ε of this rollout's updates: the spec's, or what the controller makes of the last rollout's profile.
->>>>>>> 197da8c (wip)
+    """The ε of this rollout's updates: the spec's, or what the controller makes of the profile of the last updates.
 
-<<<<<<< HEAD
-    entropy: of this rollout, nats; None where dynamic sampling found nothing to train on. before: the updates of the last
-    rollout that had any.
-||||||| parent of 197da8c (wip)
-    entropy: of this rollout, nats; None, and no updates before, where dynamic sampling found nothing to train on.
-=======
-    entropy: of this rollout, nats; None, and no profile before, where dynamic sampling found nothing to train on.
->>>>>>> 197da8c (wip)
+    entropy: of this rollout, nats; None where dynamic sampling found nothing to train on.
     """
     spec, state = job.spec, before.control
     asked = PolicyLoss(spec.loss.objective, spec.clip.low, spec.clip.high)
@@ -630,19 +396,8 @@ def choose_clip(job: Job, before: RunState, entropy: float | None) -> tuple[Cont
     mine, other = (asked.eps_low, asked.eps_high) if low else (asked.eps_high, asked.eps_low)
     if state is None:
         return start_control(spec.control, mine, entropy), asked
-<<<<<<< HEAD
-    profile = reduce(operator.add, (update.sums.profile for update in before)).columns()
-    state, action = next_action(state, spec.control, entropy, profile, other)
-||||||| parent of 197da8c (wip)
-    if not before:
-        return state, asked
-    profile = reduce(operator.add, (update.sums.profile for update in before)).columns()
-    state, action = next_action(state, spec.control, entropy, profile, other)
-=======
-    if before.profile is None:
-        return state, asked
+    assert before.profile is not None
     state, action = next_action(state, spec.control, entropy, before.profile, other)
->>>>>>> 197da8c (wip)
     chosen = (action.eps, other) if low else (other, action.eps)
     job.writer.event("control", action.reason, rollout=before.rollout, data=action.data)
     if action.stuck:
@@ -871,7 +626,6 @@ def measure_noise(job: Job, batch: Batch | None, trained: Sequence[Group], old: 
     return noise_columns(log_ratios)
 
 
-<<<<<<< HEAD
 def smallest_eps(spec: RunSpec) -> dict[str, tuple[str, float]]:
     """The smallest ε that each side can have, and the key that says so: the controller may go to its lower bound."""
     found = {"low": ("clip.low", spec.clip.low), "high": ("clip.high", spec.clip.high)}
@@ -880,17 +634,8 @@ def smallest_eps(spec: RunSpec) -> dict[str, tuple[str, float]]:
     return found
 
 
-def raise_alarms(job: Job, history: Sequence[RolloutFacts], control: ControlState | None) -> None:
-    """Tells the alarms that begin with this rollout. Raises AlarmStop, with the model saved, for one of `run.stop_on`."""
-    alarms = new_alarms(history, job.spec.alarms)
-||||||| parent of 197da8c (wip)
-def raise_alarms(job: Job, history: Sequence[RolloutFacts], control: ControlState | None) -> None:
-    """Tells the alarms that begin with this rollout. Raises AlarmStop, with the model saved, for one of `run.stop_on`."""
-    alarms = new_alarms(history, job.spec.alarms)
-=======
 def raise_alarms(job: Job, history: Sequence[RolloutFacts]) -> str | None:
     """Tells the alarms that begin with this rollout; returns the first of `run.stop_on` among them, in words."""
->>>>>>> 197da8c (wip)
     rollout = history[-1].rollout
     alarms = new_alarms(history, job.spec.alarms)
     for alarm, reason in alarms.items():
@@ -918,7 +663,7 @@ def tell(job: Job, kind: str, message: str, rollout: int, data: dict[str, Any]) 
 
 def save_checkpoint(job: Job, state: RunState, opened: OpenRollout | None = None) -> None:
     """Everything that the run needs to go on, beside the policy as a folder that transformers loads."""
-    place = Place(state.rollout, len(opened.done) if opened is not None else 0)
+    place = Place(state.rollout, opened.updates if opened is not None else 0)
     events = [asdict(event) | {"time": event.time.isoformat()} for event in job.writer.recent]
     with job.writer.disk(), new_checkpoint(job.writer.folder / "checkpoints", place, job.spec.checkpoint) as folder:
         job.engine.trainer.save(folder)
@@ -954,6 +699,10 @@ def begin(job: Job, earlier: Earlier | None) -> tuple[RunState, OpenRollout | No
     job.engine.sampler.update_weights(job.engine.trainer.weights(), version=earlier.place.rollouts)
     state = read_run_state(saved)
     set_rng_state(state.rng)
+    # Readers hide what earlier attempts told of the rollout that comes, and of the evaluation before it.
+    for event in saved.facts["events"]:
+        if event["rollout"] == state.rollout:
+            job.writer.event(**(event | {"time": datetime.fromisoformat(event["time"])}))
     if earlier.place.updates:
         return state, reopen_rollout(job, state, saved)
     stopping = stopping_alarm(job.spec, state.history, new_alarms(state.history, job.spec.alarms))
@@ -963,14 +712,11 @@ def begin(job: Job, earlier: Earlier | None) -> tuple[RunState, OpenRollout | No
 
 
 def reopen_rollout(job: Job, state: RunState, saved: SavedState) -> OpenRollout:
-    """The rollout in whose updates the run was interrupted, and what was told of it."""
+    """The rollout in whose updates the run was interrupted."""
     completions = read_completions(saved)
     problems, prompts = next_prompts(job, state.rollout, state.position, len(completions))
     texts = [[job.tokenizer.decode(completion.token_ids) for completion in group] for group in completions]
     opened = read_open_rollout(saved, problems, prompts, texts, job.spec.engine.device)
-    for event in saved.facts["open"]["events"]:
-        if event["rollout"] == state.rollout:
-            job.writer.event(**(event | {"time": datetime.fromisoformat(event["time"])}))
     batch = batch_of(opened)
     if batch is not None and job.spec.ledger.probe_states:
         job.engine.trainer.keep_probe(batch, probe_states(job.spec, state.rollout, batch), saved.folder)

@@ -17,6 +17,9 @@ VIEWS = {
     "histograms": "rollout, inner_step, advantage_sign, ratio_from",
     "probes": "rollout, inner_step",
     "noise": "source, quantile",
+    "questions": "rollout, position",
+    "evaluations": "rollout, benchmark",
+    "evals": "rollout, benchmark, position, sample",
     "events": "rollout, kind, message",
 }
 OF_ATTEMPTS = ("resumed", "interrupted", "failed", "checkpoint_damaged")
@@ -57,4 +60,6 @@ def assert_same(run: Path, other: Path, rollouts: int) -> None:
 
 
 def _is_time(column: str) -> bool:
-    return column in ("run_id", "attempt", "time", "seconds") or column.startswith("seconds_")
+    return column in ("run_id", "eval_id", "path", "attempt", "time", "started_at", "seconds") or column.startswith(
+        "seconds_"
+    )
