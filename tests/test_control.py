@@ -226,7 +226,7 @@ def test_a_rollout_without_groups_to_train_on_leaves_the_controller_as_it_was(
         used = runs.sql("select rollout, any_value(eps_low) from updates group by all order by 1").fetchall()
     assert [row[0] for row in used] == [0, 1, 3, 4]
     assert actions == used[1:]
-    state = json.loads((folder / "checkpoints" / "5" / "control.json").read_text())
+    state = json.loads((folder / "checkpoints" / "5" / "state" / "state.json").read_text())["control"]
     assert len(state["errors"]) == 4
 
 
