@@ -1,9 +1,13 @@
 """The fold: a run's journal moved into `metrics.duckdb`, which is built as a new file and renamed, so nothing ever waits."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from clipctl.folder import committed, list_segments, plain_path, quoted, read_segments, table_of
+from clipctl.folder import committed, is_odd, list_segments, plain_path, quoted, read_segments, table_of
 from clipctl.schema import FOLDED, SCHEMA_VERSION, arrow_schema
 from clipctl.segments import sync
 
@@ -19,7 +23,7 @@ def fold(folder: Path) -> None:
     beside = folder / ".metrics.duckdb"
     beside.unlink(missing_ok=True)
     try:
-        with plain_path(folder) as path, duckdb.connect(":memory:") as source:
+        with plain_path(folder) as path, _place_to_build(beside) as built, duckdb.connect(":memory:") as source:
             held = _read_store(source, path / "metrics.duckdb")
             if held is None:
                 return
@@ -27,7 +31,7 @@ def fold(folder: Path) -> None:
             new = [name for name in listed if table_of(name) in FOLDED and name not in held]
             if not _read_journal(source, folder, new):
                 return
-            source.execute(f"attach {quoted(path / beside.name)} as target")
+            source.execute(f"attach {quoted(built)} as target")
             for table in FOLDED:
                 source.execute(f"create table target.{table} as select * from raw_{table}")
             source.execute("create table target.segments (name varchar)")
@@ -44,6 +48,20 @@ def fold(folder: Path) -> None:
     for name in listed:
         if table_of(name) in FOLDED:
             (folder / "journal" / name).unlink()
+
+
+@contextmanager
+def _place_to_build(beside: Path) -> Iterator[Path]:
+    """The file to build; where DuckDB cannot write it by its name (it follows links, and takes what follows a question mark
+    for parameters), one in a temporary folder that is copied there when it is complete."""
+    if not is_odd(beside):
+        yield beside
+        return
+    with TemporaryDirectory(prefix="clipctl-") as place:
+        built = Path(place) / "metrics.duckdb"
+        yield built
+        if built.exists():
+            shutil.copyfile(built, beside)
 
 
 def _read_store(source: "duckdb.DuckDBPyConnection", file: Path) -> set[str] | None:
