@@ -46,7 +46,7 @@ def lines(
     span = [row["x"] for row in values]
     x_scale = alt.Scale(type="log", base=2) if log_x else alt.Scale(nice=False, zero=False, padding=6)
     y_scale = alt.Scale(type="log") if log_y else alt.Scale(zero=bounds is not None)
-    x_axis = alt.Axis(title=x_title, format="~g", values=sorted(set(span)) if log_x else _whole_ticks(span))
+    x_axis = alt.Axis(title=x_title, format="~r", values=sorted(set(span)) if log_x else _whole_ticks(span))
     y_axis = alt.Axis(title=y_title, tickCount=5)
     if log_y:
         powers = _powers_of_ten([row["y"] for row in values if row["y"]])
