@@ -4,7 +4,8 @@
 
 A bare step makes the same statistics in its forward pass and takes the same step, and returns nothing but the loss: no
 counts, terms, masses, extremes, KL or histograms. Rollouts of updates of both kinds take turns in one process on the same
-batch with weights that go on moving, the making of the stored rows included; the figure is the median of the ratios, so
+batch with weights that go on moving, the making of the stored rows and the writing of the histograms, fsync and all,
+included; the figure is the median of the ratios, so
 what else the machine does falls on both. `probe` and
 `network` are the cost of one update that is measured so, in bare updates. One thread unless OMP_NUM_THREADS says otherwise.
 """
@@ -13,6 +14,8 @@ import argparse
 import math
 import os
 import statistics
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,6 +31,7 @@ from clipctl.loss import PolicyLoss
 from clipctl.models import find_model, load_causal_lm
 from clipctl.records import Update, histogram_columns, update_columns
 from clipctl.rollout import Batch, DrawKey, minibatches, spread_states
+from clipctl.segments import write_segment
 from clipctl.spec import RunSpec
 
 CASES = {"tiny": (8, 12, 48), "smollm2-arith": (150, 24, 49152)}
@@ -80,7 +84,7 @@ def make(case: str) -> tuple[RunSpec, BareTrainer, Batch]:
     return spec, BareTrainer(model, spec), batch
 
 
-def measure(case: str, blocks: int) -> None:
+def measure(case: str, blocks: int, journal: Path) -> None:
     spec, trainer, batch = make(case)
     loss = PolicyLoss("clip", spec.clip.low, spec.clip.high)
     old = trainer.score(batch)
@@ -102,7 +106,10 @@ def measure(case: str, blocks: int) -> None:
             for rows, result, its_sums in zip(steps, done, sums, strict=True)
         ]
         update_columns(updates, spec.optim.lr)
-        histogram_columns(updates)
+        keys = {"run_id": ["bench"], "attempt": [0], "rollout": [0]}
+        columns = histogram_columns(updates)
+        rows = len(columns["tokens"])
+        write_segment(journal, "histograms-000-000000", "histograms", {k: v * rows for k, v in keys.items()} | columns)
         return perf_counter() - started
 
     def measured(way: Measure) -> float:
@@ -133,4 +140,5 @@ if __name__ == "__main__":
     parser.add_argument("--rollouts", type=int, default=20)
     options = parser.parse_args()
     for case in options.case:
-        measure(case, options.rollouts)
+        with TemporaryDirectory() as folder:
+            measure(case, options.rollouts, Path(folder))
