@@ -185,7 +185,7 @@ def evaluation(
 
 @app.command()
 def analyze(
-    paths: Annotated[list[Path], typer.Argument(help="Runs, or folders of runs.")],
+    paths: Annotated[list[Path], typer.Argument(help="Runs, folders of runs, or globs.")],
     sql: Annotated[
         str | None,
         typer.Option(
@@ -193,9 +193,11 @@ def analyze(
         ),
     ] = None,
     view: Annotated[
-        str,
-        typer.Option(help="overview, entropy, clip, ledger, passk, what-if, compare, frontier, samples or events."),
-    ] = "overview",
+        str | None,
+        typer.Option(
+            help="overview (without --view), entropy, clip, ledger, passk, what-if, compare, frontier, samples or events."
+        ),
+    ] = None,
     by: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY", help="Group runs by a spec key; may be repeated. Without it: by all but the seed."),
@@ -243,6 +245,13 @@ def analyze(
     events     alarms, control, ends         clipctl analyze runs/ --view events
     a query                                  clipctl analyze runs/ --sql "select run_id, entropy from rollouts"
     """
+    from clipctl.analysis import Options, check_together
+
+    given = {
+        "--follow": follow, "--html": html, "--export": export, "--sql": sql, "--view": view, "--plot": plot, "--by": by,
+        "--grid": grid, "--rollouts": rollouts, "--rollout": rollout, "--prompt": prompt, "--format": output, "--out": out,
+    }  # fmt: skip
+    check_together([option for option, value in given.items() if value not in (None, False)])
     if follow:
         from clipctl.follow import follow as show
 
@@ -258,13 +267,14 @@ def analyze(
 
         print("\n".join(map(str, export_paths(paths, *export))))
         return
-    from clipctl.analysis import Options
     from clipctl.analyze import analyze as answer
 
     options = Options(tuple(grid or ()), tuple(by or ()), rollout, prompt, rollouts)
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if terminal else None
-    printed = answer(paths, sql, output, terminal, view=view, options=options, plot=plot, out=out, width=width)
+    printed = answer(
+        paths, sql, output, terminal, view=view or "overview", options=options, plot=plot, out=out, width=width
+    )
     for note in printed.notes:
         print(f"note: {note}", file=sys.stderr)
     for part in printed.parts:

@@ -36,7 +36,7 @@ STYLES = {"running": "bold green", "finished": "green", "interrupted": "yellow",
 def follow(paths: Sequence[Path]) -> None:
     """Shows the runs under the paths until q or Ctrl-C; not on a terminal, until all that are there have ended.
 
-    Raises SpecError for a path that does not exist. A folder without runs is waited for.
+    Raises SpecError for a path that does not exist and a glob that nothing matches. A folder without runs is waited for.
     """
     watcher = Watcher(paths)
     with suppress(KeyboardInterrupt):
@@ -85,7 +85,8 @@ def _end_words(shot: Snapshot) -> str:
     if shot.state == "crashed":
         return "crashed: its process is gone or silent; what it stored is kept"
     message = f": {safe_text(shot.message)}" if shot.message else ""
-    return f"{safe_text(shot.state or 'state unknown')} after {len(shot.rollouts)} rollouts{message}"
+    broken = f"; {safe_text(shot.problem)}" if shot.problem else ""
+    return f"{safe_text(shot.state or 'state unknown')} after {len(shot.rollouts)} rollouts{message}{broken}"
 
 
 # --- a terminal -------------------------------------------------------------------------------------------------------
@@ -163,6 +164,8 @@ def one_run(shot: Snapshot, now: datetime, width: int) -> "RenderableType":
             then = f"first {_number(first, form)}" if len(values) > 1 else ""
             figures.add_row(label, f"{_number(last, form)}{unit}", then, sparkline(values, max(width - 48, 8)))
     parts: list[RenderableType] = [head, progress, figures]
+    if shot.problem and not shot.ended:
+        parts.append(Text(safe_text(shot.problem), style="red"))
     for event in shot.events[-EVENTS:]:
         line = Text(f"{event.time:%H:%M:%S}  ", style="dim", no_wrap=True, overflow="ellipsis")
         line.append(safe_text(event.kind), style="yellow" if event.kind == "alarm" else "")

@@ -3,9 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from glob import has_magic
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from clipctl.discover import find_folders
 from clipctl.errors import SpecError
 from clipctl.folder import is_evaluation, read_json, state_of, usable_status
 from clipctl.store import open_runs
@@ -23,6 +26,7 @@ select path, rollout, time, reward_mean as reward, entropy, clip_low, clip_high,
         + coalesce(seconds_update, 0) as seconds
 from rollouts as r join runs using (run_id) left join clipped using (run_id, rollout) order by r.rollout
 """
+PROBLEMS = "select path, problem from runs where problem is not null"
 EVENTS = "select path, time, kind, events.message from events join runs using (run_id) order by time"
 
 
@@ -58,7 +62,7 @@ class Snapshot:
     """A run as it was when it was read.
 
     name: its folder's path under what is followed. Times are UTC, None where status.json does not say. steps: rollouts
-    that the spec asks for, None without a readable spec.
+    that the spec asks for, None without a readable spec. problem: what of it cannot be read; empty where all can.
     """
 
     folder: Path
@@ -73,6 +77,7 @@ class Snapshot:
     finished_at: datetime | None
     rollouts: list[Rollout]
     events: list[Event]
+    problem: str = ""
 
     @property
     def ended(self) -> bool:
@@ -94,24 +99,17 @@ class Snapshot:
 
 
 class Watcher:
-    """The runs at or under some paths, those that appear later included. Only reads, and only what has changed."""
+    """The runs at or under some paths or globs, those that appear later included. Only reads, and only what has changed."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        """Raises SpecError for a path that does not exist."""
-        for path in paths:
-            if not path.exists():
-                raise SpecError(f"analyze: no file or folder {str(path)!r}")
+        """Raises SpecError for a path that does not exist and a glob that nothing matches."""
+        find_folders(paths)
         self._paths = list(paths)
         self._seen: dict[Path, tuple[Any, Snapshot | None]] = {}
 
     def look(self) -> list[Snapshot]:
         """All runs as they are now, in the order in which they were started."""
-        found = {
-            status.parent.resolve(): status.parent.relative_to(path.parent if status.parent == path else path)
-            for path in self._paths
-            for status in path.rglob("status.json")
-            if (status.parent / "journal").is_dir()
-        }
+        found = {folder: _name(folder, path) for path in reversed(self._paths) for folder in _runs_under(path)}
         for gone in self._seen.keys() - found.keys():
             del self._seen[gone]
         stamps = {folder: _stamp(folder) for folder in found}
@@ -120,10 +118,26 @@ class Watcher:
             if shot is not None and shot.state == "running" and folder not in changed:
                 # Silence is what makes a run crashed, and silence changes nothing on disk.
                 self._seen[folder] = (stamp, replace(shot, state=state_of(_status(folder))))
-        read = read_snapshots({folder: str(found[folder]) for folder in changed if not is_evaluation(folder)})
+        read = read_snapshots({folder: found[folder] for folder in changed if not is_evaluation(folder)})
         self._seen |= {folder: (stamps[folder], read.get(folder)) for folder in changed}
         shots = [snapshot for _, snapshot in self._seen.values() if snapshot is not None]
         return sorted(shots, key=lambda shot: (shot.started_at or datetime.min, shot.name))
+
+
+def _runs_under(path: Path) -> list[Path]:
+    """The folders of runs, without empty ones: a run that starts has nothing in its folder for a moment."""
+    try:
+        return [folder for folder in find_folders([path]) if any(_stamp(folder))]
+    except SpecError:
+        # It was there when the watcher was made, and may be there again.
+        return []
+
+
+def _name(folder: Path, path: Path) -> str:
+    """The folder's path under the given one, or under the part of a glob that is fixed."""
+    fixed = Path(*takewhile(lambda part: not has_magic(part), path.parts)) if has_magic(str(path)) else path
+    top = (path if path.exists() else fixed).resolve()
+    return str(folder.relative_to(top)) if folder != top and folder.is_relative_to(top) else folder.name
 
 
 def read_snapshots(folders: Mapping[Path, str]) -> dict[Path, Snapshot]:
@@ -137,12 +151,14 @@ def read_snapshots(folders: Mapping[Path, str]) -> dict[Path, Snapshot]:
             rollouts[row.pop("path")].append(Rollout(**row))
         for row in runs.table(EVENTS).to_pylist():
             events[row.pop("path")].append(Event(**row))
+        problems = {row["path"]: str(row["problem"]) for row in runs.table(PROBLEMS).to_pylist()}
     return {
-        folder: _snapshot(folder, name, rollouts[str(folder)], events[str(folder)]) for folder, name in folders.items()
+        folder: _snapshot(folder, name, rollouts[str(folder)], events[str(folder)], problems.get(str(folder), ""))
+        for folder, name in folders.items()
     }
 
 
-def _snapshot(folder: Path, name: str, rollouts: list[Rollout], events: list[Event]) -> Snapshot:
+def _snapshot(folder: Path, name: str, rollouts: list[Rollout], events: list[Event], problem: str) -> Snapshot:
     status = _status(folder)
     spec = read_json(folder / "spec.json", [])
     clip, run = (spec[group] if isinstance(spec.get(group), dict) else {} for group in ("clip", "run"))
@@ -159,12 +175,20 @@ def _snapshot(folder: Path, name: str, rollouts: list[Rollout], events: list[Eve
         finished_at=_time(status.get("finished_at")),
         rollouts=rollouts,
         events=events,
+        problem=problem,
     )
 
 
 def _stamp(folder: Path) -> tuple[int, ...]:
-    """What changes when the run writes."""
-    return tuple(file.stat().st_mtime_ns for file in (folder / "journal", folder / "status.json"))
+    """What changes when the run writes; all 0 of a folder that has nothing of a run."""
+    return tuple(_changed_at(folder / name) for name in ("journal", "status.json", "spec.json", "metrics.duckdb"))
+
+
+def _changed_at(file: Path) -> int:
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _status(folder: Path) -> dict[str, Any]:

@@ -297,3 +297,22 @@ def test_a_policy_that_is_not_finite_diverges(tmp_path: Path) -> None:
                    "rollout.temperature=1e-42", "--runs-dir", str(tmp_path))  # fmt: skip
     assert done.returncode == 5
     assert "not finite" in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--follow", "--view", "entropy"], "--follow: shows runs as they go and goes with no other option; leave --view out"),
+        (["--html", "r.html", "--plot", "p.png", "--by", "clip.low"], "leave --plot, --by out"),
+        (["--export", "wandb", "d", "--sql", "select 1"], "--export: writes folders for another tracker"),
+        (["--follow", "--html", "r.html"], "leave --html out"),
+        (["--sql", "select 1", "--view", "overview"], "--sql: is an answer of its own and goes with --format and --out alone"),
+        (["--html", "r.html", "--format", "json"], "leave --format out"),
+        (["--follow", "--rollout", "0"], "leave --rollout out"),
+    ],
+)  # fmt: skip
+def test_options_of_analyze_that_do_not_go_together_are_refused(
+    tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    assert words in refused(2, "analyze", str(tmp_path), *arguments)
+    assert not list(tmp_path.iterdir())

@@ -115,8 +115,42 @@ def test_a_process_that_is_gone_is_seen_without_a_change_on_disk(tmp_path: Path)
 
 
 def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="no file or folder"):
-        Watcher([tmp_path / "nothing"])
+    for path in ("nothing", "nothing*"):
+        with pytest.raises(SpecError, match="no file or folder"):
+            Watcher([tmp_path / path])
+
+
+def test_globs_are_followed_and_runs_named_under_what_is_fixed(tmp_path: Path) -> None:
+    for name in ("one/a-1", "one/b-1", "two/a-1"):
+        writer = create_run(tmp_path / Path(name).parent, Path(name).name, SPEC, "tiny")
+        write(writer, 0)
+        writer.close("finished", "")
+    assert {shot.name for shot in Watcher([tmp_path / "*" / "a-*"]).look()} == {"one/a-1", "two/a-1"}
+    assert [shot.name for shot in Watcher([tmp_path / "one" / "b*"]).look()] == ["b-1"]
+    assert [shot.name for shot in Watcher([tmp_path / "one" / "a-1"]).look()] == ["a-1"]
+    later = Watcher([tmp_path / "on*"])
+    assert len(later.look()) == 2
+    (tmp_path / "one").rename(tmp_path / "gone")
+    assert later.look() == []
+
+
+def test_broken_runs_are_followed_and_say_what_is_broken(tmp_path: Path) -> None:
+    for name in ("no-status", "no-journal", "damaged", "whole"):
+        writer = create_run(tmp_path, name, SPEC, "tiny")
+        write(writer, 0)
+        writer.close("finished", "")
+    (tmp_path / "no-status" / "status.json").unlink()
+    (tmp_path / "no-journal" / "journal").rename(tmp_path / "no-journal" / "other")
+    (tmp_path / "damaged" / "status.json").write_text("{")
+    (tmp_path / "not-yet").mkdir()
+    shots = {shot.name: shot for shot in Watcher([tmp_path]).look()}
+    assert set(shots) == {"no-status", "no-journal", "damaged", "whole"}
+    assert (shots["damaged"].state, shots["damaged"].problem) == (None, "status.json is damaged")
+    assert shots["whole"].problem == ""
+    assert [len(shot.rollouts) for shot in shots.values()] == [1, 1, 1, 1]
+    told = list(lines(Watcher([tmp_path / "d*"]), lambda: None))
+    assert told[-1] == "damaged  state unknown after 1 rollouts; status.json is damaged"
+    assert "status.json is missing" in shown(screen([shots["no-status"]], START, 100, 30))
 
 
 def test_a_pipe_gets_a_line_for_every_new_rollout_until_the_runs_end(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ A view whose numbers a run does not have says so in a note; it is an error only 
 
 from collections.abc import Callable
 
-from clipctl.analysis.answer import Answer, Options, check_options
+from clipctl.analysis.answer import Answer, Options, check_options, check_together
 from clipctl.analysis.compare import compare_view
 from clipctl.analysis.events import events_view
 from clipctl.analysis.ledger import ledger_view
@@ -73,4 +73,4 @@ HEADINGS: dict[str, dict[str, str]] = {
 }
 """Short headings on a terminal; JSON and CSV keep the full names."""
 
-__all__ = ["HEADINGS", "VIEWS_OF_ANALYZE", "Answer", "Options", "View", "check_options"]
+__all__ = ["HEADINGS", "VIEWS_OF_ANALYZE", "Answer", "Options", "View", "check_options", "check_together"]

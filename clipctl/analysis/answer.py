@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Options:
     """Settings of views. grid: `clip.low=V1,V2` and `clip.high=...`. by: spec keys to group runs by. rollout, prompt: of the
-    samples to show. steps: rows of every rollout where the view has a summary."""
+    samples to show. rollouts: rows of every rollout where the view has a summary."""
 
     grid: tuple[str, ...] = ()
     by: tuple[str, ...] = ()
@@ -46,6 +46,26 @@ def check_options(view: str, options: Options) -> None:
     for field in fields(options):
         if getattr(options, field.name) not in ((), None, False) and view not in OPTION_OF[field.name]:
             raise SpecError(f"--{field.name}: belongs to --view {', '.join(OPTION_OF[field.name])}, not to {view}")
+
+
+ALONE = {
+    "--follow": "shows runs as they go",
+    "--html": "writes one page of all views",
+    "--export": "writes folders for another tracker",
+    "--sql": "is an answer of its own",
+}
+"""Options that take the place of a view, and what they do instead."""
+WITH_SQL = ("--format", "--out")
+
+
+def check_together(given: Sequence[str]) -> None:
+    """Raises SpecError for options of `clipctl analyze` that do not go together: those of ALONE go with nothing, but for
+    WITH_SQL with --sql. given: the options on the command line."""
+    for way in (option for option in ALONE if option in given):
+        others = [option for option in given if option != way and not (way == "--sql" and option in WITH_SQL)]
+        if others:
+            taken = "goes with --format and --out alone" if way == "--sql" else "goes with no other option"
+            raise SpecError(f"{way}: {ALONE[way]} and {taken}; leave {', '.join(others)} out")
 
 
 def without(runs: Runs, found: Sequence[str], view: str, what: str) -> tuple[str, ...]:
