@@ -251,7 +251,7 @@ def analyze(
         "--follow": follow, "--html": html, "--export": export, "--sql": sql, "--view": view, "--plot": plot, "--by": by,
         "--grid": grid, "--rollouts": rollouts, "--rollout": rollout, "--prompt": prompt, "--format": output, "--out": out,
     }  # fmt: skip
-    check_together([option for option, value in given.items() if value not in (None, False)])
+    check_together([option for option, value in given.items() if value is not None and value is not False])
     if follow:
         from clipctl.follow import follow as show
 
