@@ -17,7 +17,7 @@ _PUBLIC = {
     "EntropyLedger": "ledger",
     "load_spec": "spec",
     "RunSpec": "spec",
-    "open_runs": "store",
+    "open_runs": "notebook",
     "Runs": "store",
 }
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipctl.analysis import HEADINGS, VIEWS_OF_ANALYZE, Answer, Options, View, check_options
+from clipctl.analysis import HEADINGS, Options, check_options
 from clipctl.errors import SpecError
 from clipctl.formats import encoded, format_of, write_out
-from clipctl.overview import overview, shown
+from clipctl.notebook import VIEW_NAMES
+from clipctl.overview import shown
 from clipctl.plots import check_plot_path, save_chart
 from clipctl.store import Runs, open_runs
 
@@ -93,7 +94,3 @@ def _closing(runs: Runs, batches: Iterator["pa.RecordBatch"]) -> Iterator["pa.Re
         yield from batches
     finally:
         runs.close()
-
-
-VIEW_NAMES: dict[str, View] = {"overview": lambda runs, options: Answer(overview(runs)), **VIEWS_OF_ANALYZE}
-"""What `--view` takes."""

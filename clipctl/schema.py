@@ -191,10 +191,10 @@ TABLES: dict[str, dict[str, str]] = {
     "events": {"time": "timestamp", "rollout": "int64", "kind": "string", "message": "string", "data": "string"},
 }
 
-FOLDED = ("rollouts", "updates", "samples", "probes", "noise", "events", "evaluations", "evals")
+FOLDED = ("rollouts", "updates", "histograms", "samples", "probes", "noise", "events", "evaluations", "evals")
 """Tables that move into metrics.duckdb."""
 
-SHARDS = ("questions", "texts", "tokens", "histograms", "eval_texts")
+SHARDS = ("questions", "texts", "tokens", "eval_texts")
 """Tables that stay Parquet shards, read when a query asks for them."""
 
 BY_ITSELF = ("events", "evaluations", "evals", "eval_texts")
