@@ -269,6 +269,10 @@ def analyze(
         return
     from clipctl.analyze import analyze as answer
 
+    if sql is not None:
+        from clipctl.query import limit_memory
+
+        limit_memory()
     options = Options(tuple(grid or ()), tuple(by or ()), rollout, prompt, rollouts)
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if terminal else None

@@ -1,12 +1,16 @@
 """Odd names, links, copies and damage: each is named in `runs`, and the other runs are read as if it were not there."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from test_store import SPEC, create_run, write
 
-from clipctl.store import open_runs
+from clipctl.errors import SpecError
+from clipctl.store import Runs, open_runs
 
 NAMES = ["a b", "a'b", 'a"b', "a?b", "a*b", "a[1]b", "aéb", "a\nb"]
 
@@ -66,3 +70,69 @@ def test_copies_empty_folders_and_flipped_bits_are_named(tmp_path: Path) -> None
         assert copies == [("copy", "a"), ("shard", "a"), ("store", "a")]
         rows = runs.sql("select run_id, count(*) from rollouts group by 1 order by 1").fetchall()
         assert rows == [("a", 2), ("copy", 2), ("shard", 2)]
+
+
+@pytest.mark.parametrize("file", ["spec.json", "status.json", "metrics.duckdb"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_truncated_file_is_named_and_the_others_stay(file: str, share: float, tmp_path: Path) -> None:
+    finished(tmp_path, "a")
+    damaged = finished(tmp_path, "b") / file
+    damaged.write_bytes(damaged.read_bytes()[: int(share * damaged.stat().st_size)])
+    found = problems(tmp_path)
+    assert found["a"] is None
+    assert file in str(found["b"])
+    with open_runs(tmp_path) as runs:
+        assert runs.sql("select count(*) from rollouts where run_id = 'a'").fetchall() == [(2,)]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_a_folder_without_permissions_is_named(tmp_path: Path) -> None:
+    finished(tmp_path, "a")
+    closed = finished(tmp_path, "b")
+    closed.chmod(0)
+    try:
+        found = problems(tmp_path)
+    finally:
+        closed.chmod(0o755)
+    assert found["a"] is None
+    assert "cannot be read" in str(found["b"])
+
+
+ENDLESS = "with recursive t as (select 1 as x union all select x + 1 from t) select count(*) from t"
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        (ENDLESS, "maximum execution time"),
+        (f"select * from ({ENDLESS})", "maximum execution time"),
+        ("select list(range) from range(400000000)", "Out of Memory"),
+        ("select getenv('HOME')", "getenv"),
+        ("select content from read_blob('/etc/passwd')", "read_blob"),
+        ("from sniff_csv('/etc/passwd')", "sniff_csv"),
+        ("select * from query('drop table runs')", "query"),
+        ("select * from query_table('runs')", "query_table"),
+        ("select * from duckdb_secrets()", "duckdb_secrets"),
+        ("select * from information_schema.tables", "no view"),
+        ("select * from s0.rollouts", "no view"),
+        ("load httpfs", "exactly one SELECT"),
+        ("explain select 1", "exactly one SELECT"),
+        ("call pragma_version()", "exactly one SELECT"),
+    ],
+)
+def test_no_query_gets_out(query: str, said: str, tmp_path: Path) -> None:
+    folder = finished(tmp_path, "a")
+    with Runs([folder], memory="200MB", seconds=1) as runs:
+        with pytest.raises(SpecError, match=said):
+            runs.table(query)
+        assert runs.table("select count(*) as n from rollouts").to_pylist() == [{"n": 2}]
+
+
+def test_one_long_text_does_not_fill_the_memory(tmp_path: Path) -> None:
+    finished(tmp_path, "a")
+    command = [sys.executable, "-m", "clipctl", "analyze", str(tmp_path), "--sql"]
+    query = "select length(repeat(repeat(run_id, 4000000000), 2)) as n from runs"
+    done = subprocess.run([*command, query], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "--sql: " in done.stderr
+    assert "Traceback" not in done.stderr
