@@ -31,6 +31,11 @@ SPEC: dict[str, Any] = {
     "ledger.network_every": 2,
     "control.target_entropy": 0.5,
     "checkpoint.keep": 1,
+    "eval.every": 1,
+    "eval.benchmarks": ["arith"],
+    "eval.k": 1,
+    "eval.limit": 2,
+    "eval.reuse": False,
     "store.tokens": "all",
 }
 

@@ -31,6 +31,9 @@ def stored(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
     with open_runs(folder) as runs:
         for view, order in VIEWS.items():
             columns = [name for name in runs.sql(f"from {view} limit 0").columns if not _is_time(name)]
+            if view == "events":
+                # How long an evaluation took is told in words.
+                columns[columns.index("message")] = "regexp_replace(message, ', [0-9.]+ s', '') as message"
             where = f"where kind not in {OF_ATTEMPTS}" if view == "events" else ""
             found[view] = runs.sql(f"select {', '.join(columns)} from {view} {where} order by {order}").fetchall()
         (problem,) = runs.sql("select problem from runs").fetchall()

@@ -150,6 +150,68 @@ def test_a_signal_while_sampling_drops_the_samples(
     assert_same(run(tmp_path, overrides={"checkpoint.every": 2}), undisturbed, 3)
 
 
+def test_updates_whose_tokens_are_freed_are_kept_as_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two updates at a time are summed, so after the third of a rollout two are sums and one still has its tokens."""
+    monkeypatch.setattr("clipctl.train.TOKENS_AT_ONCE", 50)
+    other = run(tmp_path / "other", overrides={"run.steps": 2})
+    folder = interrupted(tmp_path, monkeypatch, 9, overrides={"run.steps": 2})
+    opened = json.loads((folder / "checkpoints" / "1+3" / "state" / "state.json").read_text())["open"]
+    assert opened["done"]
+    assert len(opened["done"]) + len(opened["waiting"]) == 3
+    assert_same(run(tmp_path, overrides={"run.steps": 2}), other, 2)
+
+
+EVALUATED: dict[str, Any] = {
+    "eval.every": 1, "eval.benchmarks": ["arith"], "eval.k": 2, "eval.limit": 3, "eval.reuse": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("evaluated"), overrides=EVALUATED)
+
+
+def evaluations_until(monkeypatch: pytest.MonkeyPatch, rollouts: int, act: Callable[[], None]) -> None:
+    """Calls `act` when the evaluation after so many rollouts has stored its rows and not told them yet."""
+    from clipctl.journal import RunWriter
+
+    write = RunWriter.write_evaluation
+
+    def writing(self: RunWriter, number: int, rollout: int | None, tables: Any) -> None:
+        write(self, number, rollout, tables)
+        if rollout == rollouts:
+            act()
+
+    monkeypatch.setattr(RunWriter, "write_evaluation", writing)
+
+
+@pytest.mark.parametrize(
+    "rollouts", [2, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_an_evaluation_that_was_interrupted_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluated: Path, rollouts: int
+) -> None:
+    """The rollouts before it are kept, and each evaluation is there once, told once."""
+    with monkeypatch.context() as patch:
+        evaluations_until(patch, rollouts, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Preempted):
+            run(tmp_path, overrides=EVALUATED)
+    folder = tmp_path / "x"
+    if rollouts:
+        assert (folder / "checkpoints" / "latest").read_text() == f"{rollouts}\n"
+    assert_same(run(tmp_path, overrides=EVALUATED), evaluated, 3)
+    assert rows(folder, "select rollout from evaluations order by 1") == [(0,), (1,), (2,), (3,)]
+    assert rows(folder, "select rollout from events where kind = 'evaluation' order by 1") == [(0,), (1,), (2,), (3,)]
+
+
+def test_a_run_between_evaluations_that_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluated: Path
+) -> None:
+    folder = interrupted(tmp_path, monkeypatch, 8, overrides=EVALUATED)
+    assert_same(run(tmp_path, overrides=EVALUATED), evaluated, 3)
+    assert rows(folder, "select count(*) from evaluations") == [(4,)]
+
+
 @pytest.mark.slow
 def test_three_interruptions_in_one_rollout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Path) -> None:
     for update in (8, 1, 2):
