@@ -217,7 +217,9 @@ def ratio_profiles(
     pull_T = wr_T * advantages_T.double().abs()
     values_CT = torch.stack([torch.ones_like(r), pull_T * pg, pull_T * npg, wr_T, wr_T * pg, wr_T * npg])
     sums_CB = values_CT.new_zeros(len(COLUMNS), 3 * size * updates).index_add_(1, place_T, values_CT)
-    return [RatioProfile(low, high, sums) for sums in sums_CB.T.reshape(updates, 3, size, len(COLUMNS)).cpu()]
+    # In order in memory, as a checkpoint gives them back: how a sum over bins is rounded depends on it.
+    sums_U3BC = sums_CB.T.reshape(updates, 3, size, len(COLUMNS)).contiguous().cpu()
+    return [RatioProfile(low, high, sums_3BC) for sums_3BC in sums_U3BC]
 
 
 @lru_cache(maxsize=8)
