@@ -10,7 +10,7 @@ import operator
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import reduce
@@ -30,7 +30,7 @@ from clipctl.benchmarks import Benchmark, load_benchmarks
 from clipctl.checkpoint import STATE, Place, new_checkpoint
 from clipctl.control import TOLERANCE, ControlState, held, next_action, start_control
 from clipctl.engine import EnginePair, Measure, Scores, UpdateResult, open_engine
-from clipctl.errors import AlarmStop, DataError, DivergedError, EngineError, SpecError
+from clipctl.errors import AlarmStop, DataError, DivergedError, EngineError, SpecError, StoreError
 from clipctl.eval_cache import model_hash
 from clipctl.evaluate import (
     Evaluator,
@@ -229,6 +229,11 @@ def closing_run(spec: RunSpec, writer: RunWriter, stop: StopRequests, *, named: 
             f"out of memory ({(str(error).splitlines() or ['MemoryError'])[0]}); lower engine.tokens_per_microbatch "
             f"(now {spec.engine.tokens_per_microbatch}) or engine.sampler_rows (now {spec.engine.sampler_rows})"
         ) from None
+    except StoreError as error:
+        # A disk that failed the run fails its end too; the first error is the one that says why.
+        with suppress(StoreError):
+            writer.close("failed", str(error))
+        raise
     except BaseException as error:
         writer.close("failed", str(error))
         raise

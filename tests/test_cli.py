@@ -221,9 +221,11 @@ def test_missing_data_and_models_are_exit_4(tmp_path: Path) -> None:
     assert not any((tmp_path / "runs").iterdir())
 
 
-def test_an_existing_name_is_refused(tmp_path: Path) -> None:
+def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
-    assert "old" in refused(2, *TRAIN, "--name", "old", "--runs-dir", str(tmp_path))
+    assert "'old' exists in" in refused(2, *TRAIN, "--name", "old", "--resume", "never", "--runs-dir", str(tmp_path))
+    (tmp_path / "old" / "notes.txt").write_text("")
+    assert "old is no run (it has notes.txt" in refused(2, *TRAIN, "--name", "old", "--runs-dir", str(tmp_path))
 
 
 def test_a_runs_folder_that_cannot_be_written_is_exit_7(tmp_path: Path) -> None:
