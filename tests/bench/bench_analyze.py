@@ -89,17 +89,18 @@ def overview(options: argparse.Namespace) -> None:
         root = Path(place) / "runs"
         generate_runs(root, options.runs, options.rollouts, options.updates)
         command = [sys.executable, "-m", "clipctl", "analyze", str(root), "--format", options.format]
-        seconds, peak = [], 0
+        seconds, busy, peak = [], [], 0
         for _ in range(3):
             started = perf_counter()
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
             _, status, usage = os.wait4(process.pid, 0)
             assert status == 0, status
             seconds.append(perf_counter() - started)
+            busy.append(usage.ru_utime + usage.ru_stime)
             peak = max(peak, usage.ru_maxrss)
         print(
             f"{options.runs} runs × {options.rollouts} rollouts × {options.updates} updates: "
-            f"{statistics.median(seconds):.2f} s, peak {peak / 1024:.0f} MB"
+            f"{statistics.median(seconds):.2f} s, {statistics.median(busy):.2f} s of processor time, peak {peak / 1024:.0f} MB"
         )
 
 
