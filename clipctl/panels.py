@@ -5,6 +5,7 @@ Every panel carries its own data, thinned and rounded to what can be seen.
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,8 +37,9 @@ def lines(
 ) -> Any:
     """A panel of one line a series over `x`, with a band between `<y>_low` and `<y>_high` where rows have them.
 
-    rows: `series`, x, y, in the order of x; a NULL interrupts the line. Short series show every point, long ones some
-    markers. bounds: what y can be, which a band is cut to. rule: a horizontal line to compare with.
+    rows: `series`, x, y, in the order of x; a NULL interrupts the line; what has a text in `unreliable` is a hollow point, with
+    a note below the title. Short series show every point, long ones some markers. bounds: what y can be, which a band is cut
+    to. rule: a horizontal line to compare with.
     """
     import altair as alt
 
@@ -67,8 +69,13 @@ def lines(
             y=y_code, color=looks["color"], strokeDash=looks["strokeDash"], detail="series:N"
         )
     )
-    points = base.transform_filter("datum.marked").mark_point(filled=True, size=42, opacity=1)
-    layers.append(points.encode(y=y_code, color=looks["color"], shape=looks["shape"], tooltip=tooltip))
+    doubtful = any(row["doubtful"] for row in values)
+    look: dict[str, Any] = {"strokeWidth": 1.4} if doubtful else {"filled": True}
+    fill = alt.condition("datum.doubtful", alt.value("white"), looks["color"]) if doubtful else alt.Undefined
+    points = base.transform_filter("datum.marked").mark_point(size=42, opacity=1, **look)
+    layers.append(points.encode(y=y_code, color=looks["color"], fill=fill, shape=looks["shape"], tooltip=tooltip))
+    if doubtful:
+        subtitle = "; ".join(filter(None, [subtitle, "hollow: the interval is not reliable"]))
     return alt.layer(*layers).properties(**PANEL, title=heading(title, subtitle))
 
 
@@ -95,10 +102,15 @@ def scatter(
     title: str,
     diagonal: bool = False,
 ) -> Any:
-    """A panel of points with both zero lines; diagonal: where x and y are equal."""
+    """A panel of points with both zero lines; diagonal: where x and y are equal. Without it, points far out in x stand at the
+    edge, hollow, so that they squeeze no others."""
     import altair as alt
 
     values = _labelled(rows, legend, x, y)
+    least, most = (-math.inf, math.inf) if diagonal else _bulk([row[x] for row in values])
+    values = [row | {"at": min(max(row[x], least), most), "out": not least <= row[x] <= most} for row in values]
+    out = sum(row["out"] for row in values)
+    subtitle = f"hollow, at the edge: {out} of {len(values)} points that lie further out" if out else ""
     looks = legend.encodings()
     layers = [
         alt.Chart(data([{"at": 0}])).mark_rule(color="#888888", strokeDash=[2, 3]).encode(**{axis: "at:Q"})
@@ -108,17 +120,32 @@ def scatter(
         ends = [bound for pick in (min, max) for bound in [pick(pick(row[x], row[y]) for row in values)]]
         line = alt.Chart(data([{x: end, y: end} for end in ends])).mark_line(color="#888888", strokeWidth=1)
         layers.append(line.encode(x=f"{x}:Q", y=f"{y}:Q"))
-    points = alt.Chart(data(values)).mark_point(filled=True, size=26, opacity=0.55)
+    points = alt.Chart(data(values)).mark_point(size=26, opacity=0.55, strokeWidth=1)
     layers.append(
         points.encode(
-            x=alt.X(f"{x}:Q", title=x_title, axis=alt.Axis(tickCount=5)),
+            x=alt.X("at:Q", title=x_title, axis=alt.Axis(tickCount=5)),
             y=alt.Y(f"{y}:Q", title=y_title, axis=alt.Axis(tickCount=5)),
             color=looks["color"],
+            fill=alt.condition("datum.out", alt.value("white"), looks["color"]),
             shape=looks["shape"],
             tooltip=["series:N", f"{x}:Q", f"{y}:Q"],
         )
     )
-    return alt.layer(*layers).properties(**PANEL, title=heading(title))
+    return alt.layer(*layers).properties(**PANEL, title=heading(title, subtitle))
+
+
+BULK = 50
+"""Of so many values one at each end may lie outside of what an axis shows, where that makes it at most half as long."""
+
+
+def _bulk(values: Sequence[float]) -> tuple[float, float]:
+    """The ends of an axis that shows most of the values and 0; no ends where they are not squeezed by a few."""
+    if len(values) < BULK:
+        return -math.inf, math.inf
+    between = statistics.quantiles([*values], n=BULK)
+    ends = min(between[0], 0.0), max(between[-1], 0.0)
+    whole = max(*values, 0.0) - min(*values, 0.0)
+    return ends if ends[1] - ends[0] <= whole / 2 else (-math.inf, math.inf)
 
 
 def paths(
@@ -360,7 +387,10 @@ def _line_values(
             named = legend.labels[name] != legend.rest
             beside = [kept[near][y] for near in (at - 1, at + 1) if 0 <= near < len(kept)]
             alone = all(value is None for value in beside)
-            marked = alone or len(kept) <= 2 * MARKERS or (at + place * step // max(1, len(ordered))) % step == 0
+            doubtful = row.get("unreliable") is not None
+            marked = (
+                alone or doubtful or len(kept) <= 2 * MARKERS or (at + place * step // max(1, len(ordered))) % step == 0
+            )
             values.append(
                 {
                     "series": name,
@@ -370,6 +400,7 @@ def _line_values(
                     "low": rounded(_within(row.get(f"{y}_low"), bounds)),
                     "high": rounded(_within(row.get(f"{y}_high"), bounds)),
                     "marked": named and marked and row[y] is not None,
+                    "doubtful": doubtful,
                 }
             )
     return values

@@ -23,6 +23,7 @@ from clipctl.analysis.arms import arms_of, differing, specs_of, value_text
 from clipctl.analysis.samples import chosen_groups, marked_parts, samples_view, tokens_of
 from clipctl.charts import CHARTS, COLUMNS, TITLES
 from clipctl.errors import SpecError, StoreError
+from clipctl.folder import read_json
 from clipctl.formats import safe_text
 from clipctl.overview import HEADINGS as OVERVIEW_HEADINGS
 from clipctl.overview import overview
@@ -172,15 +173,19 @@ def report(runs: Runs, where: str) -> str:
         bundle=raw(bundle),
         script=raw(script),
         data=raw(inline_json({"charts": charts})),
-        overview=table_of(overall, OVERVIEW_HEADINGS),
+        overview=table_of(overall.select(sorted(overall.column_names, key=_place)), OVERVIEW_HEADINGS),
         sections=sections,
         groups=groups,
         groups_note=groups_note,
         specs=specs,
         specs_note="There is one run." if len(overall) == 1 else "All runs have one spec.",
         shared=shared,
-        environment=table_of(runs.table(ENVIRONMENT), {}),
+        environment=environment_table(runs),
     )
+
+
+def _place(column: str) -> int:
+    return FIRST.index(column) if column in FIRST else len(FIRST)
 
 
 def charted_runs(runs: Runs) -> tuple[list[str], str]:
@@ -293,7 +298,8 @@ def cell(value: Any) -> Cell:
 
 
 def sample_groups(runs: Runs) -> tuple[list[dict[str, Any]], str]:
-    """Samples of one prompt of some runs: title, and for each sample its facts and its text in parts, clipped tokens apart."""
+    """Samples of one prompt of some runs: title, question with its answer where they are stored, and for each sample its
+    facts and its text in parts, clipped tokens apart."""
     chosen = chosen_groups(runs, Options())[:MOST_GROUPS]
     if not chosen:
         return [], ""
@@ -306,7 +312,8 @@ def sample_groups(runs: Runs) -> tuple[list[dict[str, Any]], str]:
         samples = [
             {"facts": facts(row), "parts": text_parts(row, tokens.get((row["run"], row["sample"]), []))} for row in mine
         ]
-        groups.append({"title": safe_text(title), "samples": samples})
+        question, answer = (visible(str(mine[0][name] or ""))[:MOST_LETTERS] for name in ("question", "answer"))
+        groups.append({"title": safe_text(title), "question": question, "answer": answer, "samples": samples})
     note = "Of each run the last rollout's prompt with the most clipped tokens, with its whole group."
     return groups, note
 
@@ -366,8 +373,31 @@ def _short(value: Any) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
+FIRST = ("run", "state", "verdict")
+"""Columns that the page's overview begins with: the answer before its numbers."""
 ENVIRONMENT = """
 select run_id as run, state, preset, model, seed, created_at as started, finished_at as finished, version as clipctl,
-    left(git_commit, 12) as commit, host, attempt, message
+    left(git_commit, 12) as commit, host, attempt, message, path
 from runs order by created_at, run_id
 """
+
+
+def environment_table(runs: Runs) -> Table:
+    """Where, when and with what each run was made; versions of packages that all runs share stand once, in the note."""
+    rows = runs.table(ENVIRONMENT).to_pylist()
+    made_with = [read_json(Path(row.pop("path")) / "status.json", []).get("packages") for row in rows]
+    versions = [found if isinstance(found, dict) else {} for found in made_with]
+    shared = dict(set.intersection(*(set(found.items()) for found in versions))) if versions else {}
+    for row, found in zip(rows, versions, strict=True):
+        others = {name: version for name, version in found.items() if name not in shared}
+        row["packages"] = _versions(others) or None
+    if not any(row["packages"] for row in rows):
+        rows = [{name: value for name, value in row.items() if name != "packages"} for row in rows]
+    note = (
+        f"All runs: {_versions({name: versions[0][name] for name in versions[0] if name in shared})}." if shared else ""
+    )
+    return Table([*map(safe_text, rows[0])], [[cell(value) for value in row.values()] for row in rows], note)
+
+
+def _versions(found: Mapping[str, Any]) -> str:
+    return safe_text(", ".join(f"{name} {version}" for name, version in found.items()))

@@ -23,7 +23,9 @@ from clipctl.charts import CHARTS, chart
 from clipctl.cli import app
 from clipctl.errors import SpecError
 from clipctl.journal import create_run
-from clipctl.plots import save_chart
+from clipctl.panels import lines as panel_lines
+from clipctl.panels import scatter
+from clipctl.plots import legend_of, save_chart
 from clipctl.spec import load_spec, spec_json
 from clipctl.store import Runs, open_runs
 
@@ -472,3 +474,24 @@ def test_the_examples_of_views_in_readme_run(
     assert done.stdout
     if "--plot" in command:
         assert (tmp_path / command.split("--plot ")[1].split()[0]).stat().st_size > 10_000
+
+
+def test_points_far_out_stand_hollow_at_the_edge() -> None:
+    rows = [{"series": "a", "x": float(at % 11 - 5), "y": 1.0} for at in range(200)]
+    rows[7]["x"], rows[9]["x"] = 400.0, -900.0
+    drawn = scatter(rows, legend_of({"a": 1.0}), x="x", y="y", x_title="x", y_title="y", title="t").to_dict()
+    points = {row["x"]: row for layer in drawn["layer"] for row in layer["data"]["values"] if "out" in row}
+    assert (points[400.0]["at"], points[400.0]["out"]) == (5.0, True)
+    assert (points[-900.0]["at"], points[-900.0]["out"]) == (-5.0, True)
+    assert (points[3.0]["at"], points[3.0]["out"]) == (3.0, False)
+    assert "2 of 200 points" in json.dumps(drawn["title"])
+
+
+def test_unreliable_intervals_are_hollow_points_with_a_note() -> None:
+    rows = [{"series": "a", "k": k, "p": 0.1 * k, "unreliable": "30 problems" if k > 2 else None} for k in (1, 2, 4)]
+    drawn = panel_lines(rows, legend_of({"a": 1.0}), x="k", y="p", x_title="k", y_title="p", title="t").to_dict()
+    values = drawn["data"]["values"]
+    assert {row["x"] for row in values if row["doubtful"]} == {4}
+    assert "hollow: the interval is not reliable" in json.dumps(drawn["title"])
+    sure = panel_lines(rows[:2], legend_of({"a": 1.0}), x="k", y="p", x_title="k", y_title="p", title="t").to_dict()
+    assert "hollow" not in json.dumps(sure)

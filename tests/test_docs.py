@@ -87,6 +87,32 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code + "\nassert table.num_rows == 10"], check=True, cwd=tmp_path)
 
 
+@pytest.mark.slow
+def test_the_wheel_has_all_of_the_package_and_the_presets(tmp_path: Path) -> None:
+    import zipfile
+
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    subprocess.run(build, check=True, timeout=300)
+    (wheel,) = tmp_path.glob("clipctl-*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    package = {file for file in (ROOT / "clipctl").rglob("*") if file.is_file() and "__pycache__" not in file.parts}
+    wanted = {str(file.relative_to(ROOT)) for file in package}
+    wanted |= {f"clipctl/{file.relative_to(ROOT)}" for file in (ROOT / "presets").rglob("*.toml")}
+    assert "clipctl/page/report.js" in wanted
+    assert wanted <= held
+
+
 if __name__ == "__main__":
     before, rest = README.split("<!-- metrics -->")
     after = rest.split("<!-- end of metrics -->")[1]

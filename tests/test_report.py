@@ -13,7 +13,8 @@ from test_store import SPEC, rollout_row, samples, tables, update_rows, write
 
 from clipctl.errors import SpecError, StoreError
 from clipctl.journal import create_run
-from clipctl.report import inline_json, packed, visible, write_report
+from clipctl.report import environment_table, inline_json, packed, visible, write_report
+from clipctl.store import open_runs
 
 HOSTILE = (
     "</script><script>window.hit=1</script><img src=x onerror='window.hit=1'> \x1b[31m\u202egnirts\x00 <!-- {{ 7*7 }}"
@@ -27,7 +28,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for at in range(7):
         writer = create_run(folder / "runs", f"run-{at}", SPEC, "tiny")
         for rollout in range(2 + at):
-            rows = tables(update_rows(at), samples(2 * rollout, HOSTILE))
+            asked = {
+                "position": [2 * rollout, 2 * rollout + 1],
+                "prompt_id": ["p0", "p1"],
+                "question": [HOSTILE, "2+2?"],
+                "answer": ["3", "4"],
+            }
+            rows = tables(update_rows(at), samples(2 * rollout, HOSTILE), questions=asked)
             writer.write_rollout(rollout, rollout_row(at + rollout), rows)
         writer.event("alarm", HOSTILE, rollout=0)
         writer.close("finished", "")
@@ -112,6 +119,57 @@ def test_tables_sort_and_filter(browser: Any, page: Path) -> None:
     assert browser.execute_script(names) == first[::-1]
     browser.find_element("css selector", "[data-filters=runs]").send_keys("run-3")
     assert browser.execute_script(names) == ["run-3"]
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_two_hundred_runs_are_one_usable_page(browser: Any, tmp_path: Path) -> None:
+    writer = create_run(tmp_path, "model", SPEC, "tiny")
+    for rollout in range(2):
+        writer.write_rollout(rollout, rollout_row(rollout), tables(update_rows(rollout), samples(2 * rollout, "text")))
+    writer.close("finished", "")
+    spec, status = (json.loads((writer.folder / name).read_text()) for name in ("spec.json", "status.json"))
+    for at in range(200):
+        folder = tmp_path / "runs" / f"run-{at:03}"
+        shutil.copytree(writer.folder, folder)
+        spec["clip"]["low"] = 0.001 * (at + 1)
+        (folder / "spec.json").write_text(json.dumps(spec))
+        (folder / "status.json").write_text(json.dumps(status | {"name": folder.name}))
+    page = write_report([tmp_path / "runs"], tmp_path / "report.html")
+    assert page.stat().st_size < 6e6
+    opened(browser, page, 1280, "light")
+    assert browser.execute_script("return document.querySelectorAll('#runs tbody tr').length") == 200
+    assert "Charts show the 24 newest of 200 groups of runs" in browser.find_element("id", "course").text
+    browser.find_element("css selector", "[data-filters=runs]").send_keys("run-150")
+    assert browser.find_element("css selector", "[data-counts=runs]").text == "1 of 200 rows"
+    series = set(browser.execute_script("return JSON.parse(document.getElementById('data').textContent).charts"))
+    assert {"overview-0", "entropy-0", "clip-0"} <= series
+
+
+def test_the_page_begins_with_the_verdict_and_names_questions_and_versions(page: Path) -> None:
+    import re
+
+    text = page.read_text()
+    headings = re.findall(r'<th scope="col"[^>]*><button type="button">([^<]*)', text.split('id="runs"')[1])
+    assert headings[:3] == ["run", "state", "verdict"]
+    assert "Expected: <bdi>" in text
+    machines = text.split('id="machines"')[1]
+    assert re.search(r"All runs: python 3\.\d+\.\d+, .*duckdb \d", machines)
+
+
+def test_versions_that_differ_stand_with_their_runs(tmp_path: Path) -> None:
+    for name, torch in (("a", "2.1"), ("b", "2.2"), ("c", None)):
+        writer = create_run(tmp_path, name, SPEC, "tiny")
+        write(writer, 0)
+        writer.close("finished", "")
+        status = json.loads((writer.folder / "status.json").read_text())
+        status["packages"] = {"python": "3.11.1", "torch": torch} if torch else {"python": "3.11.1"}
+        (writer.folder / "status.json").write_text(json.dumps(status))
+    with open_runs(tmp_path) as runs:
+        made = environment_table(runs)
+    at = made.headings.index("packages")
+    assert [row[at].text for row in made.rows] == ["torch 2.1", "torch 2.2", ""]
+    assert made.note == "All runs: python 3.11.1."
 
 
 def test_json_ends_no_script_and_text_obeys_nobody() -> None:
