@@ -238,11 +238,16 @@ def dots(rows: Sequence[Mapping[str, Any]], *, value: str, x_title: str, title: 
             "group:N", sort=names, title=None, scale=alt.Scale(domain=names), axis=alt.Axis(labelLimit=0, grid=True)
         )
     )
-    x = alt.X("value:Q", title=x_title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
+    shown = [row[name] for row in values for name in ("value", "low", "high") if row[name] is not None]
+    scale = alt.Scale(zero=False)
+    if len({*shown, *([] if rule is None else [rule])}) == 1:
+        # An axis without an extent has one tick, whose label is rounded to a whole number.
+        scale = alt.Scale(domain=[shown[0] - (abs(shown[0]) / 10 or 1), shown[0] + (abs(shown[0]) / 10 or 1)])
+    x = alt.X("value:Q", title=x_title, scale=scale, axis=alt.Axis(tickCount=5))
     layers = []
     if any(row["low"] is not None for row in values):
         interval = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2, color=COLORS[0])
-        layers.append(interval.encode(x=alt.X("low:Q", scale=alt.Scale(zero=False)), x2="high:Q"))
+        layers.append(interval.encode(x=alt.X("low:Q", scale=scale), x2="high:Q"))
     if rule is not None:
         layers.insert(0, alt.Chart(data([{"at": rule}])).mark_rule(color="#888888", strokeDash=[2, 3]).encode(x="at:Q"))
     layers.append(

@@ -23,8 +23,8 @@ from clipctl.charts import CHARTS, chart
 from clipctl.cli import app
 from clipctl.errors import SpecError
 from clipctl.journal import create_run
+from clipctl.panels import dots, scatter
 from clipctl.panels import lines as panel_lines
-from clipctl.panels import scatter
 from clipctl.plots import legend_of, save_chart
 from clipctl.spec import load_spec, spec_json
 from clipctl.store import Runs, open_runs
@@ -495,3 +495,12 @@ def test_unreliable_intervals_are_hollow_points_with_a_note() -> None:
     assert "hollow: the interval is not reliable" in json.dumps(drawn["title"])
     sure = panel_lines(rows[:2], legend_of({"a": 1.0}), x="k", y="p", x_title="k", y_title="p", title="t").to_dict()
     assert "hollow" not in json.dumps(sure)
+
+
+def test_an_axis_of_one_value_has_an_extent() -> None:
+    row = {"group": "a", "runs": 1, "mean": 0.5, "mean_low": None, "mean_high": None}
+    drawn = dots([row, row | {"group": "b"}], value="mean", x_title="x", title="t").to_dict()
+    scales = [layer["encoding"]["x"].get("scale") for layer in drawn.get("layer", [drawn])]
+    assert scales[0]["domain"] == pytest.approx([0.45, 0.55])
+    other = dots([row, row | {"group": "b", "mean": 1.0}], value="mean", x_title="x", title="t").to_dict()
+    assert "domain" not in json.dumps([layer["encoding"]["x"] for layer in other["layer"]])

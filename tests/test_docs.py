@@ -1,5 +1,6 @@
 """README says what the code does: every command, option, preset, metric and file is in it, and its Python runs."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -43,7 +44,7 @@ def test_every_module_is_in_the_table_of_files() -> None:
             assert module.name in files, module.name
 
 
-@pytest.mark.parametrize("command", ["train", "eval"])
+@pytest.mark.parametrize("command", ["train", "eval", "analyze", "theory"])
 def test_every_option_is_named(command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "clipctl", command, "--help"], capture_output=True, text=True, check=True
@@ -78,6 +79,47 @@ def test_every_analysis_in_readme_runs(command: str, tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+LINES = [line.split("    #")[0].strip() for line in re.findall(r"^    ((?:clipctl|bash) .*)", README, re.MULTILINE)]
+NOT_RUN = {
+    "bash quickstart.sh": "sets up an environment; continuous integration runs it",
+    "bash check.sh": "runs this test-suite",
+    "clipctl train --preset qwen3b-gsm8k --eps-low 0.15 --no-clip-high": "3B parameters; its --dry-run is run",
+    "clipctl train --preset qwen3b-gsm8k --name first": "3B parameters",
+    "clipctl eval --run runs/my-run@40 --benchmark gsm8k --benchmark math500 -k 8": "benchmarks from the hub",
+    "clipctl eval --model qwen2.5-3b-instruct --benchmark gsm8k --benchmark math500 -k 8 --set engine.device=cuda": "a GPU",
+}
+"""Lines of README's blocks that no test runs, and why."""
+SHORTER = {
+    "clipctl train --preset tiny": " --steps 1",
+    "clipctl eval": " --limit 8 -k 2",
+    "clipctl theory": " --steps 8",
+}
+"""What is added to lines that would take long."""
+
+
+@pytest.mark.slow
+def test_the_other_lines_of_readme_run(tmp_path: Path) -> None:
+    assert not NOT_RUN.keys() - set(LINES), "no longer in README"
+    run = [line for line in LINES if line not in {*NOT_RUN, *ANALYSES}]
+    assert len(run) >= 5
+    named = ["clipctl presets list", "clipctl presets show tiny", "clipctl presets schema", "clipctl models list"]
+    assert all(line.split()[1] in README and line.split()[2] in README for line in named)
+    before = "clipctl train --preset tiny --name tiny-a --set eval.every=1 --set 'eval.benchmarks=[\"arith\"]' --set eval.limit=8"
+    for line in [before, *run, *named]:
+        added = next((more for start, more in SHORTER.items() if line.startswith(start)), "")
+        words = [sys.executable, "-m", *shlex.split(line + added)]
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "CLIPCTL_CACHE": str(tmp_path / "cache"),
+        }
+        done = subprocess.run(
+            words, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=200, env=environment
+        )
+        assert done.returncode == 0, (line, done.stderr)
+        assert done.stdout, line
 
 
 @pytest.mark.slow
