@@ -358,6 +358,9 @@ def _one_of(flag: str, value: float | None, off_flag: str, off_value: float | No
 
 
 def _end(code: int, line: str) -> NoReturn:
+    # The code is decided: a further signal must not change it while Python shuts down.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     print(line, file=sys.stderr)
     sys.exit(code)
 

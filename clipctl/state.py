@@ -229,6 +229,13 @@ def rng_state() -> Rng:
     }
 
 
+def seed_rng(seed: int) -> None:
+    """The generators of a new run: nothing of clipctl draws from them, but a reward function of the user's own may."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def set_rng_state(rng: Rng) -> None:
     """The inverse of `rng_state`. A GPU that was not there keeps its own."""
     version, internal, gauss = rng["python"]

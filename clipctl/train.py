@@ -85,6 +85,7 @@ from clipctl.state import (
     read_run_state,
     rng_state,
     save_state,
+    seed_rng,
     set_rng_state,
     versions,
 )
@@ -691,6 +692,7 @@ def begin(job: Job, earlier: Earlier | None) -> tuple[RunState, OpenRollout | No
         if earlier is not None and earlier.status:
             job.warn(f"{job.writer.folder.name} has no checkpoint yet: it begins again")
         note_choices(job)
+        seed_rng(job.spec.run.seed)
         return RunState(rng_state()), None
     assert earlier.place is not None
     saved = SavedState(earlier.checkpoint / STATE)

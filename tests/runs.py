@@ -59,7 +59,8 @@ def assert_same(run: Path, other: Path, rollouts: int) -> None:
     assert one["rollouts"], "nothing is stored"
     weights, others = (tensors(folder / "checkpoints" / str(rollouts)) for folder in (run, other))
     assert weights.keys() == others.keys()
-    assert [name for name in weights if weights[name] != others[name]] == []
+    differing = [name for name in weights if weights[name] != others[name]]
+    assert differing == [], f"{differing[:5]} of {len(weights)}"
 
 
 def _is_time(column: str) -> bool:

@@ -95,7 +95,7 @@ def test_views_of_a_run(tmp_path: Path) -> None:
         (["--view", "what-if", "--grid", "clip.low=1.5"], "clip.low = 1.5 is not from 0 to 1"),
         (["--view", "what-if", "--grid", "clip.high=a"], "'a' in 'clip.high=a' is not a number"),
         (["--grid", "clip.high=1"], "belongs to --view what-if"),
-        (["--view", "ledger", "--sql", "select 1"], "leave --view, its options and --plot out"),
+        (["--view", "ledger", "--sql", "select 1"], "leave --view out"),
     ):
         refused = clipctl("analyze", runs, *arguments)
         assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)

@@ -176,7 +176,12 @@ def test_wandb_sync_takes_them_and_they_tell_nothing_of_the_machine(
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--token=canary-7f3a"])
     export_paths([folder], "wandb", tmp_path / "out")
     (offline,) = (tmp_path / "out" / "a" / "wandb").glob("offline-run-*")
-    done = subprocess.run(["wandb", "sync", "--dry-run", offline], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("wandb"), "sync", "--dry-run", offline],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "Would sync 1 run(s)" in done.stdout + done.stderr
     for file in (tmp_path / "out").rglob("*"):
         assert not file.is_file() or b"canary-7f3a" not in file.read_bytes()
