@@ -295,14 +295,26 @@ def crashes(folder: Path, places: list[int]) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+def test_killed_between_some_writes(tmp_path: Path) -> None:
+    """At six of the places of the soak test below."""
+    assert_killed_runs_are_whole(tmp_path, 6)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
 def test_killed_between_every_two_writes(tmp_path: Path) -> None:
+    assert_killed_runs_are_whole(tmp_path, None)
+
+
+def assert_killed_runs_are_whole(tmp_path: Path, count: int | None) -> None:
+    """Killed before the n-th change of a file and gone on with, for so many n spread over the run, or for all."""
     (changes,) = crashes(tmp_path, [0])
-    for start in range(1, changes + 1, 20):
+    every = list(range(1, changes + 1, max(1, changes // count) if count else 1))
+    for start in range(0, len(every), 20):
         batch = tmp_path / f"from-{start}"
         batch.mkdir()
-        places = range(start, min(start + 20, changes + 1))
-        crashes(batch, list(places))
+        places = every[start : start + 20]
+        crashes(batch, places)
         for place in places:
             assert_same(batch / str(place) / "x", tmp_path / "0" / "x", 2)
         shutil.rmtree(batch)
