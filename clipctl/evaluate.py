@@ -46,13 +46,15 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Evaluator:
-    """What samples and grades. sampler: opened when there is something to sample; pool: the grading processes."""
+    """What samples and grades. sampler: opened when there is something to sample; pool: the grading processes; abandon: what
+    Ctrl-C does to gradings under way, where they are not to be waited for."""
 
     sampler: Callable[[], Sampler]
     tokenizer: ChatTokenizer
     stop_ids: frozenset[int]
     pool: GradingPool
     setup: Setup
+    abandon: Callable[[], None] = lambda: None
 
     @property
     def params(self) -> SamplingParams:
@@ -87,7 +89,7 @@ def sample_benchmarks(
     done: Collection[tuple[str, int]] = (),
 ) -> None:
     """Samples and grades all that is not done, (benchmark, row), and gives the rows of finished problems to `keep`, which is
-    called in the grading thread. Ctrl-C: what was sampled is graded and kept first."""
+    called in the grading thread. Ctrl-C: what was sampled is graded and kept first, unless the evaluator abandons it."""
     places = [(benchmark, at) for benchmark in benchmarks for at in range(len(benchmark.problems))]
     prompts = [p for b in benchmarks for p in eval_prompts(b, evaluator.tokenizer, evaluator.setup.settings.seed)]
     skipped = {place for place, (benchmark, at) in enumerate(places) if (benchmark.name, at) in done}
@@ -104,7 +106,7 @@ def sample_benchmarks(
         keep(rows)
 
     stream = evaluator.sampler().sample(prompts, evaluator.setup.settings.k, evaluator.params, done=skipped)
-    work_while_making(stream, grade)
+    work_while_making(stream, grade, evaluator.abandon)
 
 
 def graded_rows(
@@ -277,6 +279,11 @@ def check_eval_context(
         return
     for benchmark in benchmarks:
         longest = max(len(tokenizer.encode_prompt(text)) for text in benchmark.prompts)
+        if longest >= shape.context:
+            raise SpecError(
+                f"--benchmark: {benchmark.name} has a prompt of {longest} tokens, {model} has {shape.context} positions for "
+                "prompt and response; give a model of more, or fewer problems with --limit"
+            )
         if longest + max_tokens > shape.context:
             raise SpecError(
                 f"eval.max_response_tokens = {max_tokens}: with prompts of up to {longest} tokens in {benchmark.name} that "

@@ -8,16 +8,28 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-def work_while_making(items: Iterable[Item], work: Callable[[list[Item]], None]) -> None:
+def work_while_making(
+    items: Iterable[Item], work: Callable[[list[Item]], None], abandon: Callable[[], None] = lambda: None
+) -> None:
     """Calls `work` in one other thread with all items that wait, in their order, while the next ones are made.
 
-    Returns when everything is worked on; so it is before an error of the maker, or Ctrl-C, goes on. An error of `work`
-    ends the making with the next item, and is raised.
+    Returns when everything is worked on; so it is before an error of the maker, or Ctrl-C, goes on; a second Ctrl-C does not
+    wait. An error of `work` ends the making with the next item, and is raised.
+
+    abandon: called on Ctrl-C before the wait; for work that nobody wants then, what ends it with an error.
     """
     waiting: SimpleQueue[Item | None] = SimpleQueue()
     failed: list[BaseException] = []
+    # Not `Thread.join`: one that Ctrl-C interrupts takes the thread for ended, and the next one does not wait.
+    ended = threading.Event()
 
     def run() -> None:
+        try:
+            take()
+        finally:
+            ended.set()
+
+    def take() -> None:
         going = True
         while going:
             batch = [waiting.get()]
@@ -39,8 +51,13 @@ def work_while_making(items: Iterable[Item], work: Callable[[list[Item]], None])
             if failed:
                 break
             waiting.put(item)
-    finally:
         waiting.put(None)
-        worker.join()
+        ended.wait()
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            abandon()
+        waiting.put(None)
+        ended.wait()
+        raise
     if failed:
         raise failed[0]

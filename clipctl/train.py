@@ -494,7 +494,8 @@ def sample_groups(job: Job, problems: Sequence[Problem], prompts: Sequence[Promp
         for row, (place, group) in enumerate(waiting):
             found[place] = ScoredGroup(group, texts[row], rewards_PG[row], outcomes[row])
 
-    work_while_making(sampled(), score)
+    # A request to stop drops the samples, so nobody waits for their grades, which may take all of `reward.budget`.
+    work_while_making(sampled(), score, abandon=job.scorer.pool.close)
     return [found[place] for place in range(len(prompts))], ended
 
 
@@ -539,6 +540,11 @@ def check_context(spec: RunSpec, data: Tokenized, folder: Path) -> None:
 
     shape = model_shape(str(folder))
     longest = max(map(len, data.prompt_ids))
+    if shape is not None and longest >= shape.context:
+        raise SpecError(
+            f"rollout.max_prompt_tokens = {spec.rollout.max_prompt_tokens}: prompts of up to {longest} tokens leave nothing of "
+            f"the {shape.context} positions of {spec.model.path} to a response; lower it to {shape.context - 1} at most"
+        )
     if shape is not None and longest + spec.rollout.max_response_tokens > shape.context:
         raise SpecError(
             f"rollout.max_response_tokens = {spec.rollout.max_response_tokens}: with prompts of up to {longest} tokens "
@@ -580,7 +586,8 @@ def evaluate_policy(job: Job, evaluation: PolicyEvaluation, rollouts: int) -> No
         return f"{job.writer.folder.name}@0", {name: [values[at] for at in mine] for name, values in rows.items()}
 
     stops, pool = job.params.stop_ids, job.scorer.pool
-    evaluator = Evaluator(lambda: job.engine.sampler, job.tokenizer, stops, pool, setup)
+    # A run that goes on evaluates again, so Ctrl-C does not wait for gradings: `checkpoint.grace` is for saving.
+    evaluator = Evaluator(lambda: job.engine.sampler, job.tokenizer, stops, pool, setup, abandon=pool.close)
     try:
         evaluate(evaluator, benchmarks, reuse_keys(benchmarks, setup), keep, take, finished, tell=job.warn)
     finally:

@@ -269,6 +269,10 @@ def test_prompts_that_do_not_fit_are_an_error_not_left_out(tmp_path: Path) -> No
         SpecError, match=r"eval\.max_response_tokens = 99999: with prompts of up to \d+ tokens in arith"
     ):
         evaluated(tmp_path, "e", eval__max_response_tokens=99_999)
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"question": "1 + " * 400 + "1 = ?", "answer": "#### 401"}) + "\n")
+    with pytest.raises(SpecError, match=r"--benchmark: gsm8k has a prompt of \d{3,} tokens, tiny has 256 positions"):
+        evaluated(tmp_path, "e", eval__benchmarks=(f"gsm8k={long}",))
     assert not list(tmp_path.glob("e*"))
 
 

@@ -1,6 +1,11 @@
 """The main path end to end on the embedded model: what is stored, that it repeats exactly, and how runs end."""
 
 import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +14,10 @@ import pytest
 import torch
 
 from clipctl import load_spec, open_runs
-from clipctl.errors import DataError, DivergedError, SpecError
+from clipctl.engine.torch_sampler import TorchSampler
+from clipctl.errors import DataError, DivergedError, Interrupted, SpecError
 from clipctl.loss import PolicyLoss, UpdateTokens
+from clipctl.models import ChatTokenizer
 from clipctl.records import Update, token_clips
 from clipctl.tasks import load_problems
 from clipctl.train import Report, train
@@ -310,6 +317,56 @@ def test_responses_longer_than_the_context_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"rollout\.max_response_tokens = 100000: .* exceeds the \d+ positions"):
         run(tmp_path, overrides={"rollout.max_response_tokens": 100_000})
     assert not list(tmp_path.iterdir())
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"question": "1 + " * 400 + "1 = ?", "answer": "401"}) + "\n")
+    overrides = {"data": {"task": "file", "path": str(data)}, "rollout.max_prompt_tokens": 4000}
+    with pytest.raises(SpecError, match=r"rollout\.max_prompt_tokens = 4000: .* lower it to 255 at most"):
+        run(tmp_path, overrides=overrides)
+
+
+@pytest.mark.parametrize(("call", "what"), [(3, "evaluation"), (4, "rollout")])
+def test_ctrl_c_does_not_wait_for_gradings_and_saves(
+    call: int, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While more is sampled, with formulas that hang for longer than the grace time, after which nothing would be saved."""
+    grading = threading.Event()
+    calls, numbers = count(1), count(3)
+    sample, decode = TorchSampler.sample, ChatTokenizer.decode
+    hanging = False
+
+    def interrupted(self: TorchSampler, *arguments: Any, **options: Any) -> Iterator[Any]:
+        nonlocal hanging
+        hanging = next(calls) == call
+        for group in sample(self, *arguments, **options):
+            yield group
+            if hanging:
+                assert grading.wait(30)
+                time.sleep(0.5)
+                signal.raise_signal(signal.SIGINT)
+
+    def answer(self: ChatTokenizer, ids: Any) -> str:
+        if not hanging:
+            return decode(self, ids)
+        grading.set()
+        return f"\\boxed{{{next(numbers)}^{{9^{{9^9}}}}}}"
+
+    data = tmp_path / "two.jsonl"
+    data.write_text('{"question": "3+4=", "answer": "7"}\n{"question": "5+4=", "answer": "9"}\n')
+    overrides = {
+        "run.name": "x",
+        "reward": {"kind": "math", "timeout": 60},
+        "checkpoint.grace": 8,
+        "eval": {"every": 1, "benchmarks": (str(data),), "k": 2, "reuse": False},
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchSampler, "sample", interrupted)
+        patch.setattr(ChatTokenizer, "decode", answer)
+        with pytest.raises(Interrupted, match=r"^stopped by Ctrl-C; .* goes on from rollout 1"):
+            run(tmp_path, overrides=overrides)
+    assert next(calls) == call + 1, what
+    folder = run(tmp_path, overrides=overrides)
+    assert rows(folder, "select state from runs") == [("finished",)]
+    assert rows(folder, "select rollout, complete from evaluations order by 1") == [(at, True) for at in range(4)]
 
 
 def explode(completion: str, problem: Any) -> float:
