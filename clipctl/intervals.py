@@ -176,6 +176,9 @@ def mean_interval(
     low, high = _bca_ends(distinct_U - value, count_U, rng, level, resamples) if distinct_U.size > 1 else (0.0, 0.0)
     # Rounding must not carry an end past what any evaluation can give.
     low, high = np.clip([value + low, value + high], distinct_U[0], distinct_U[-1]).tolist()
+    # An end that is 0 on paper is 0, or the interval of a difference would leave out "no difference" by 1e-17.
+    dust = 1e-12 * float(np.abs(distinct_U).max())
+    low, high = (0.0 if abs(end) <= dust else end for end in (low, high))
     return Interval(value, low, high, level, values_P.size, why is None, why)
 
 

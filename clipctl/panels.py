@@ -148,6 +148,16 @@ def _bulk(values: Sequence[float]) -> tuple[float, float]:
     return ends if ends[1] - ends[0] <= whole / 2 else (-math.inf, math.inf)
 
 
+def _with_extent(shown: Sequence[float]) -> Any:
+    """A scale without 0. An axis without an extent would have one tick, whose label is rounded to a whole number."""
+    import altair as alt
+
+    if len(set(shown)) != 1:
+        return alt.Scale(zero=False)
+    around = abs(shown[0]) / 10 or 1
+    return alt.Scale(domain=[shown[0] - around, shown[0] + around])
+
+
 def paths(
     rows: Sequence[Mapping[str, Any]], legend: Legend, *, x: str, y: str, x_title: str, y_title: str, title: str
 ) -> Any:
@@ -157,10 +167,11 @@ def paths(
     values = _labelled([row for row in rows if row[x] is not None], legend, "rollout", x, y)
     last = {row["series"]: at for at, row in enumerate(values)}
     values = [row | {"end": last[row["series"]] == at} for at, row in enumerate(values)]
+    at_x, at_y = ([row[name] for row in values if row[name] is not None] for name in (x, y))
     looks = legend.encodings()
     base = alt.Chart(data(values)).encode(
-        x=alt.X(f"{x}:Q", title=x_title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=6)),
-        y=alt.Y(f"{y}:Q", title=y_title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5)),
+        x=alt.X(f"{x}:Q", title=x_title, scale=_with_extent(at_x), axis=alt.Axis(tickCount=6)),
+        y=alt.Y(f"{y}:Q", title=y_title, scale=_with_extent(at_y), axis=alt.Axis(tickCount=5)),
         color=looks["color"],
         detail="series:N",
     )
@@ -239,10 +250,7 @@ def dots(rows: Sequence[Mapping[str, Any]], *, value: str, x_title: str, title: 
         )
     )
     shown = [row[name] for row in values for name in ("value", "low", "high") if row[name] is not None]
-    scale = alt.Scale(zero=False)
-    if len({*shown, *([] if rule is None else [rule])}) == 1:
-        # An axis without an extent has one tick, whose label is rounded to a whole number.
-        scale = alt.Scale(domain=[shown[0] - (abs(shown[0]) / 10 or 1), shown[0] + (abs(shown[0]) / 10 or 1)])
+    scale = _with_extent([*shown, *([] if rule is None else [rule])])
     x = alt.X("value:Q", title=x_title, scale=scale, axis=alt.Axis(tickCount=5))
     layers = []
     if any(row["low"] is not None for row in values):

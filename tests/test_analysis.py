@@ -23,7 +23,7 @@ from clipctl.charts import CHARTS, chart
 from clipctl.cli import app
 from clipctl.errors import SpecError
 from clipctl.journal import create_run
-from clipctl.panels import dots, scatter
+from clipctl.panels import dots, paths, scatter
 from clipctl.panels import lines as panel_lines
 from clipctl.plots import legend_of, save_chart
 from clipctl.spec import load_spec, spec_json
@@ -504,3 +504,12 @@ def test_an_axis_of_one_value_has_an_extent() -> None:
     assert scales[0]["domain"] == pytest.approx([0.45, 0.55])
     other = dots([row, row | {"group": "b", "mean": 1.0}], value="mean", x_title="x", title="t").to_dict()
     assert "domain" not in json.dumps([layer["encoding"]["x"] for layer in other["layer"]])
+
+
+def test_a_path_along_one_value_has_its_number_on_the_axis() -> None:
+    """pass@2 of 0.75 at every rollout stood beside a tick "1"."""
+    rows = [{"series": "a", "rollout": at, "h": 0.5 - at / 100, "p": 0.75} for at in range(3)]
+    drawn = paths(rows, legend_of({"a": 1.0}), x="h", y="p", x_title="h", y_title="p", title="t").to_dict()
+    for layer in drawn["layer"]:
+        assert layer["encoding"]["y"]["scale"]["domain"] == pytest.approx([0.675, 0.825])
+        assert "domain" not in layer["encoding"]["x"]["scale"]

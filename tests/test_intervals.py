@@ -436,6 +436,15 @@ def test_zero_inside_counts_both_ends() -> None:
     assert [at(-0.1, 0.3), at(0.0, 0.3), at(-0.2, 0.0), at(0.01, 0.3), at(-0.3, -0.01)] == [True] * 3 + [False] * 2
 
 
+def test_an_end_that_is_0_on_paper_is_0() -> None:
+    """-3 / 30 and the distance of 0 from it add up to -1.4e-17, which would leave "no difference" out."""
+    difference = np.repeat([-1.0, -0.5, 0.0, 0.5], [3, 1, 25, 1])
+    names = [f"p{at:02}" for at in range(30)]
+    found = compare(dict(zip(names, difference, strict=True)), dict.fromkeys(names, 0.0), np.random.default_rng(0))
+    assert (found.difference.low, found.difference.high) == (-0.25, 0.0)
+    assert found.zero_inside
+
+
 eighths = st.integers(0, 8).map(lambda eighth: eighth / 8)
 evaluations = st.dictionaries(st.sampled_from("abcdefghijkl"), eighths, min_size=7)
 
