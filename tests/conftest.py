@@ -1,6 +1,7 @@
 """Shared fixtures: small real models, built from a configuration, and where the benchmark files lie."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+# A background job begins with it ignored and hands that on; tests of Ctrl-C need what a terminal gives.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 VOCABULARY = 300

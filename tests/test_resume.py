@@ -365,13 +365,14 @@ def longer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def killed_until_it_is_done(runs_dir: Path, rng: random.Random, seconds: tuple[float, float]) -> int:
-    """Kills a run again and again, at random times after it began, until one ends; returns how often."""
+    """Kills a run again and again, at random times after each attempt began, until one ends; returns how often. The times grow,
+    or a machine on which a rollout takes longer than they last would never get anywhere."""
     for kills in range(1000):
         process = started(runs_dir)
         until = time.monotonic() + 60
-        while process.poll() is None and status_state(runs_dir / "x") != "running" and time.monotonic() < until:
+        while process.poll() is None and not is_at_work(runs_dir / "x", process.pid) and time.monotonic() < until:
             time.sleep(0.05)
-        time.sleep(rng.uniform(*seconds))
+        time.sleep(rng.uniform(*seconds) * 1.2**kills)
         process.kill()
         if ended(process)[0] == 0:
             return kills
@@ -379,8 +380,12 @@ def killed_until_it_is_done(runs_dir: Path, rng: random.Random, seconds: tuple[f
     raise AssertionError("it never ends")
 
 
-def status_state(folder: Path) -> str | None:
-    return status(folder)["state"] if (folder / "status.json").exists() else None
+def is_at_work(folder: Path, pid: int) -> bool:
+    """Whether this process has begun its attempt: what a killed one left says `running` too."""
+    if not (folder / "status.json").exists():
+        return False
+    found = status(folder)
+    return bool(found["state"] == "running" and found["pid"] == pid)
 
 
 @pytest.mark.slow
