@@ -89,13 +89,18 @@ def newest_good(checkpoints: Path) -> tuple[Place | None, list[str]]:
     return None, []
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, None where every file is as it was written. Reads it whole."""
+def damage(checkpoint: Path, *, state: bool = True) -> str | None:
+    """What is wrong with a checkpoint, None where every file is as it was written. Reads it whole; without `state`, only what
+    is not needed for going on alone."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_bytes())
         if manifest["format"] != FORMAT:
             return f"it has format {manifest['format']!r}, this clipctl reads {FORMAT}"
-        files = {name: (int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
+        files = {
+            name: (int(size), str(digest))
+            for name, (size, digest) in manifest["files"].items()
+            if state or not name.startswith(f"{STATE}/")
+        }
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
     except OSError as error:
@@ -137,8 +142,12 @@ def _seal(beside: Path) -> None:
     files = sorted(file for file in beside.rglob("*") if file.is_file())
     listed = {str(file.relative_to(beside)): (file.stat().st_size, xxh3(file)) for file in files}
     (beside / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": listed}, indent=1))
-    folders = {file.parent for file in files}
-    for path in (*files, beside / MANIFEST, *folders, beside):
+    sync_tree(beside)
+
+
+def sync_tree(folder: Path) -> None:
+    """fsync of everything in the folder, and of the folder. Raises OSError."""
+    for path in (*folder.rglob("*"), folder):
         _sync(path)
 
 

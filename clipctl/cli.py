@@ -309,6 +309,23 @@ def theory(
     print(theory_report(options, output, plot, sys.stdout.isatty()))
 
 
+@app.command()
+def export(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN[@ROLLOUT]", help="A run's folder or name; its last checkpoint, or that one.")
+    ],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="A new or empty folder.")],
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Write a run's policy as a plain transformers folder: safetensors, tokenizer, generation config, model card; prints it.
+
+    Example: clipctl export tiny-a@20 --to policies/tiny-a-20
+    """
+    from clipctl.export import export as write
+
+    print(write(run, to, runs_dir))
+
+
 @presets_app.command("list")
 def presets_list() -> None:
     """Name and first line of every preset."""

@@ -1,7 +1,6 @@
 """One evaluation by `clipctl eval`, from its target to a finished folder: it goes on where it stopped, and never writes into
 the run that it evaluates."""
 
-import difflib
 import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +15,7 @@ import torch
 
 from clipctl.benchmarks import Benchmark, limit_notes, load_benchmarks
 from clipctl.engine import Sampler, open_sampler
-from clipctl.errors import EngineError, Interrupted, ModelError, SpecError, StoreError
+from clipctl.errors import EngineError, Interrupted, SpecError, StoreError
 from clipctl.eval_cache import model_hash
 from clipctl.eval_spec import ALONE, EvalSpec, eval_name, of_run, refuse_another_spec
 from clipctl.evaluate import (
@@ -36,8 +35,9 @@ from clipctl.journal import RunWriter, continue_evaluation, create_run
 from clipctl.models import ChatTokenizer, check_device, find_model, load_tokenizer, stop_ids
 from clipctl.rewards import GradingPool
 from clipctl.schema import TABLES
-from clipctl.spec import NAME_PATTERN, spec_from_json, validate
+from clipctl.spec import NAME_PATTERN, validate
 from clipctl.store import open_runs
+from clipctl.targets import find_target
 
 CACHED = tuple(name for name in TABLES["evals"] if name != "rollout")
 CHECKED = (
@@ -51,45 +51,12 @@ CHECKED = (
 
 
 def run_target(text: str, runs_dir: Path) -> dict[str, Any]:
-    """The layer of `--run RUN[@ROLLOUT]`: a run's folder or name, and the checkpoint after so many rollouts; without one the
-    last. 0 is the base model. Raises SpecError, and ModelError where the run has no such checkpoint."""
-    name, at, wanted = text.partition("@")
-    folder = _run_folder(name, runs_dir)
-    if at and not wanted.isdecimal():
-        raise SpecError(f"--run: {text!r}: what follows @ is a number of rollouts, such as {name}@20")
-    spec_file = folder / "spec.json"
-    if not spec_file.is_file():
-        raise StoreError(f"--run: {spec_file} is missing, so the run's model and template are not known")
-    run = spec_from_json(spec_file.read_text(errors="replace"))
-    checkpoints = {int(path.name): path for path in (folder / "checkpoints").glob("*") if path.name.isdecimal()}
-    layer = of_run(run) | {"run": str(folder.resolve())}
-    if wanted and int(wanted) == 0:
-        return layer | {"rollout": 0}
-    if not checkpoints:
-        problems: list[str] = []
-        state = state_of(usable_status(read_json(folder / "status.json", problems), problems)) or "broken"
-        raise ModelError(
-            f"--run: {folder.name} ({state}) has no checkpoint; the model is saved when a run ends, and every N rollouts "
-            f"with checkpoint.every = N; {folder.name}@0 is its base model"
-        )
-    rollout = int(wanted) if wanted else max(checkpoints)
-    if rollout not in checkpoints:
-        listed = ", ".join(map(str, sorted(checkpoints)))
-        raise ModelError(f"--run: {folder.name} has no checkpoint {rollout}; it has {listed} (0 is the base model)")
-    layer["model"]["path"] = str(checkpoints[rollout].resolve())
-    return layer | {"rollout": rollout}
-
-
-def _run_folder(name: str, runs_dir: Path) -> Path:
-    folder = next((path for path in (Path(name), runs_dir / name) if name and path.is_dir()), None)
-    if folder is None:
-        known = [path.parent.name for path in runs_dir.glob("*/spec.json") if not is_evaluation(path.parent)]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise SpecError(f"--run: no run {name!r}, as a folder or in {runs_dir}{hint}")
-    if is_evaluation(folder):
-        raise SpecError(f"--run: {folder} is an evaluation, not a run; look at it with: clipctl analyze {folder}")
-    return folder
+    """The layer of `--run RUN[@ROLLOUT]`; 0 rollouts is the base model. Raises what `find_target` raises."""
+    target = find_target(text, runs_dir, "--run")
+    layer = of_run(target.spec) | {"run": str(target.folder.resolve()), "rollout": target.rollout}
+    if target.checkpoint is not None:
+        layer["model"]["path"] = str(target.checkpoint.resolve())
+    return layer
 
 
 def model_target(path: str) -> dict[str, Any]:

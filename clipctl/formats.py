@@ -152,12 +152,13 @@ def _markdown(batches: Iterable["pa.RecordBatch"], terminal: bool) -> Iterator[s
     for number, batch in enumerate(batches):
         if number == 0:
             marks = ["---:" if _numeric(field.type) else "---" for field in batch.schema]
-            yield f"| {' | '.join(map(_markdown_cell, batch.schema.names))} |\n| {' | '.join(marks)} |\n"
+            yield f"| {' | '.join(map(markdown_cell, batch.schema.names))} |\n| {' | '.join(marks)} |\n"
         for row in batch.to_pylist():
-            yield f"| {' | '.join(map(_markdown_cell, row.values()))} |\n"
+            yield f"| {' | '.join(map(markdown_cell, row.values()))} |\n"
 
 
-def _markdown_cell(value: Any) -> str:
+def markdown_cell(value: Any) -> str:
+    """A value as text of a Markdown table or paragraph, in which nothing is markup."""
     text = safe_text(_cell(value))
     return "".join(f"\\{character}" if character in "\\`*_{}[]<>#|~$" else character for character in text)
 

@@ -387,6 +387,14 @@ def _known(path: str) -> str | None:
     return lower if lower in MODELS else by_hub.get(lower)
 
 
+def hub_name(path: str) -> str | None:
+    """What the hub calls the model, None where it is a file, a folder or the embedded model."""
+    known = _known(path)
+    if known is not None:
+        return MODELS[known].hub
+    return path if _looks_like_hub_name(path) and not Path(path).expanduser().exists() else None
+
+
 def _looks_like_hub_name(path: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path) is not None
 

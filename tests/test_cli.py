@@ -45,7 +45,7 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_help_names_every_command_and_option() -> None:
-    assert all(command in clipctl("--help").stdout for command in ("train", "analyze", "presets", "models"))
+    assert all(command in clipctl("--help").stdout for command in ("train", "analyze", "export", "presets", "models"))
     options = clipctl("train", "--help").stdout
     for option in ("preset", "spec", "set", "eps-low", "eps-high", "no-clip-low", "no-clip-high", "steps", "seed",
                    "model", "name", "runs-dir", "dry-run"):  # fmt: skip

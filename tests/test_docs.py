@@ -44,7 +44,7 @@ def test_every_module_is_in_the_table_of_files() -> None:
             assert module.name in files, module.name
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "analyze", "theory"])
+@pytest.mark.parametrize("command", ["train", "eval", "analyze", "theory", "export"])
 def test_every_option_is_named(command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "clipctl", command, "--help"], capture_output=True, text=True, check=True
