@@ -134,8 +134,9 @@ def open_engine(spec: RunSpec, model_folder: Path) -> EnginePair:
     On one device the torch sampler shares the trainer's weights, so an update needs no copy.
     """
     from clipctl.engine.attention import use_grouped_attention
+    from clipctl.engine.passes import set_up_torch
     from clipctl.engine.torch_sampler import TorchSampler
-    from clipctl.engine.torch_trainer import TorchTrainer, set_up_torch
+    from clipctl.engine.torch_trainer import TorchTrainer
     from clipctl.models import load_causal_lm
 
     set_up_torch(spec.engine)
@@ -146,8 +147,8 @@ def open_engine(spec: RunSpec, model_folder: Path) -> EnginePair:
 def open_sampler(engine: Engine, model: Model, model_folder: Path) -> Sampler:
     """The sampler alone, with the model of `model_folder`: no gradients, no optimizer."""
     from clipctl.engine.attention import use_grouped_attention
+    from clipctl.engine.passes import set_up_torch
     from clipctl.engine.torch_sampler import TorchSampler
-    from clipctl.engine.torch_trainer import set_up_torch
     from clipctl.models import load_causal_lm
 
     set_up_torch(engine)

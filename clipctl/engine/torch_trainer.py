@@ -1,39 +1,37 @@
 """The torch engine's trainer, the reference: exact statistics, token-budget micro-batches, fused optimizers.
 
 In bfloat16 the forward pass reads a bfloat16 copy, while gradients add up in float32 and the optimizer steps float32 master
-weights. Responses are padded on the right under causal attention, so no padded token is ever seen by a real one.
-Responses without advantage have no gradient: they are only scored, in micro-batches of their own, so that every
-metric still counts them.
+weights.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clipctl.algo import loss_weights
 from clipctl.engine import Measure, Scores, UpdateResult
 from clipctl.engine.optimizers import OPTIMIZERS, SPLITS, Step, dot
+from clipctl.engine.passes import (
+    check_finite,
+    layout,
+    microbatch_loss,
+    padded,
+    places_in_update,
+    score_batch,
+    score_otherwise,
+    update_tokens,
+)
 from clipctl.engine.torch_probe import TorchProbe, add_gradients
-from clipctl.errors import DivergedError
 from clipctl.loss import PolicyLoss, UpdateTokens
-from clipctl.rollout import Batch, microbatches, minibatches
-from clipctl.spec import Engine, RunSpec
+from clipctl.rollout import Batch
+from clipctl.spec import RunSpec
 from clipctl.statistics import TokenStatistics, token_statistics
 
 TRAINER_FILE = "trainer.safetensors"
-
-
-def set_up_torch(engine: Engine) -> None:
-    """Threads as the spec says, true float32 in float32 products."""
-    torch.set_num_threads(engine.threads)
-    torch.set_float32_matmul_precision("highest")
 
 
 class TorchTrainer:
@@ -51,35 +49,11 @@ class TorchTrainer:
 
     def score(self, batch: Batch) -> Scores:
         """Log-probs and entropies of the batch, in the micro-batches in which its updates will run."""
-        ends = np.cumsum(batch.lengths_R)
-        logprob_T = torch.empty(int(ends[-1]))
-        entropy_T = torch.empty(int(ends[-1]))
-        for rows in minibatches(batch.responses, self.spec.optim.responses_per_update):
-            for part, _ in self._layout(batch, rows):
-                with torch.no_grad():
-                    statistics = self._forward(batch, part)
-                at_T = _flat_places(ends, batch.lengths_R, part)
-                logprob_T[at_T] = statistics.logprob_T.cpu()
-                entropy_T[at_T] = statistics.entropy_T.cpu()
-        if not bool(torch.isfinite(logprob_T).all() and torch.isfinite(entropy_T).all()):
-            raise DivergedError("a log-probability or entropy of this rollout is not finite; the policy is broken")
-        return Scores(logprob_T, entropy_T)
+        return score_batch(batch, self.spec, self._forward)
 
     def score_otherwise(self, batch: Batch, rows: range) -> Tensor:
-        """log π of the rows' tokens, flat, in micro-batches half as large as the largest of `score`'s, or twice where
-        those have one response each."""
-        lengths = [len(p) + len(r) for p, r in zip(batch.prompt_ids, batch.response_ids, strict=True)]
-        layout = [part for part, _ in self._layout(batch, rows)]
-        largest = max(len(part) * max(lengths[row] for row in part) for part in layout)
-        budget = largest // 2 if max(map(len, layout)) > 1 else 2 * largest
-        ends = np.cumsum(batch.lengths_R[rows.start : rows.stop])
-        logprob_T = torch.empty(int(ends[-1]))
-        for part in microbatches(lengths, rows, budget):
-            with torch.no_grad():
-                statistics = self._forward(batch, part)
-            local = [row - rows.start for row in part]
-            logprob_T[_flat_places(ends, batch.lengths_R[rows.start : rows.stop], local)] = statistics.logprob_T.cpu()
-        return logprob_T
+        """log π of the rows' tokens, flat, in micro-batches of another size than those of `score`."""
+        return score_otherwise(batch, rows, self.spec.engine.tokens_per_microbatch, self._forward)
 
     def keep_probe(self, batch: Batch, states: Sequence[tuple[int, int]], saved: Path | None = None) -> None:
         """The states under the weights of now, or as they were saved, to which the steps to come compare theirs."""
@@ -94,14 +68,13 @@ class TorchTrainer:
         """One optimizer step on the responses `rows`. Raises DivergedError, before the step, for a non-finite loss or
         gradient."""
         spec = self.spec
-        tokens = self._tokens(batch, rows, old)
+        tokens = update_tokens(batch, rows, old, spec, self.masters[0].device)
         for master in self.masters:
             master.grad = torch.zeros_like(master) if master.grad is None else master.grad.zero_()
         done = [self._accumulate(batch, rows, part, tokens, loss, live) for part, live in self._layout(batch, rows)]
         value = float(sum(done))
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, spec.optim.grad_clip))
-        if not math.isfinite(value) or not math.isfinite(norm):
-            raise DivergedError(f"the update is not finite: loss {value}, gradient norm {norm}; the step was not taken")
+        check_finite(value, norm)
         if measure == "sums":
             self._move()
             return UpdateResult(norm, value, tokens)
@@ -151,11 +124,9 @@ class TorchTrainer:
         self, batch: Batch, rows: range, tokens: UpdateTokens, loss: PolicyLoss, scale: float
     ) -> dict[str, list[Tensor]]:
         """The gradient of the loss, times `scale`, in the parts of `PolicyLoss.pull`."""
-        ends = np.cumsum(batch.lengths_R[rows.start : rows.stop])
         parts: dict[str, list[Tensor]] = {}
         for part, live in self._layout(batch, rows):
-            local = [row - rows.start for row in part]
-            at_T = _flat_places(ends, batch.lengths_R[rows.start : rows.stop], local).to(tokens.logprob_T.device)
+            at_T = places_in_update(batch, rows, part).to(tokens.logprob_T.device)
             given = (tokens.logprob_T, tokens.old_logprob_T, tokens.advantages_T, tokens.weights_T)
             logprob_T = self._forward(batch, part).logprob_T if live else None
             for name, pull_T in loss.pull(*(tensor[at_T] for tensor in given)).items():
@@ -204,59 +175,13 @@ class TorchTrainer:
         self.optimizer.load_state_dict(state)
 
     def _layout(self, batch: Batch, rows: range) -> list[tuple[list[int], bool]]:
-        """Micro-batches of the responses with advantage (True), then of those without (False)."""
-        lengths = [
-            len(prompt) + len(response) for prompt, response in zip(batch.prompt_ids, batch.response_ids, strict=True)
-        ]
-        return [
-            (part, live)
-            for live in (True, False)
-            for part in microbatches(
-                lengths,
-                [row for row in rows if (batch.advantages_R[row] != 0) == live],
-                self.spec.engine.tokens_per_microbatch,
-            )
-        ]
-
-    def _tokens(self, batch: Batch, rows: range, old: Scores) -> UpdateTokens:
-        """The tokens of an optimizer batch, with room for the statistics that its forward passes will make."""
-        spec, device = self.spec, self.masters[0].device
-        lengths_R = torch.from_numpy(batch.lengths_R[rows.start : rows.stop])
-        weight_R = loss_weights(
-            lengths_R, spec.loss.aggregation, spec.loss.constant or spec.rollout.max_response_tokens
-        )
-        start, size = int(batch.lengths_R[: rows.start].sum()), int(lengths_R.sum())
-        advantages_R = torch.from_numpy(batch.advantages_R[rows.start : rows.stop])
-        return UpdateTokens(
-            logprob_T=torch.empty(size, device=device),
-            entropy_T=torch.empty(size, device=device),
-            expected_q_T=torch.empty(size, device=device),
-            old_logprob_T=old.logprob_T[start : start + size].to(device),
-            advantages_T=advantages_R.repeat_interleave(lengths_R).to(device),
-            weights_T=weight_R.repeat_interleave(lengths_R).to(device),
-        )
+        return layout(batch, rows, self.spec.engine.tokens_per_microbatch)
 
     def _accumulate(
         self, batch: Batch, rows: range, part: Sequence[int], tokens: UpdateTokens, loss: PolicyLoss, live: bool
     ) -> Tensor:
         """Adds the gradient of one micro-batch to the masters' gradients, keeps its tokens' statistics, and returns its loss."""
-        lengths_R = batch.lengths_R[rows.start : rows.stop]
-        at_T = _flat_places(np.cumsum(lengths_R), lengths_R, [row - rows.start for row in part])
-        at_T = at_T.to(tokens.logprob_T.device)
-        with torch.set_grad_enabled(live):
-            found = self._forward(batch, part)
-            value = loss(
-                found.logprob_T,
-                tokens.old_logprob_T[at_T],
-                tokens.advantages_T[at_T].float(),
-                tokens.weights_T[at_T].float(),
-            )
-        for kept_T, name in (
-            (tokens.logprob_T, "logprob_T"),
-            (tokens.entropy_T, "entropy_T"),
-            (tokens.expected_q_T, "expected_q_T"),
-        ):
-            kept_T[at_T] = getattr(found, name).detach()
+        value = microbatch_loss(batch, rows, part, tokens, loss, live, self._forward)
         if live:
             value.backward()  # type: ignore[no-untyped-call]
             self._gather_gradients()
@@ -285,25 +210,6 @@ class TorchTrainer:
         hidden_BSD = self.model.model(input_ids=ids_BS.to(device), use_cache=False).last_hidden_state
         rows_T, columns_T, ids_BS = rows_T.to(device), columns_T.to(device), ids_BS.to(device)
         return hidden_BSD[rows_T, columns_T - 1], ids_BS[rows_T, columns_T]
-
-
-def padded(batch: Batch, part: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids [B,S], padded on the right with 0, and the row and column of every response token, each [T]."""
-    texts = [batch.prompt_ids[row] + batch.response_ids[row] for row in part]
-    ids_BS = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
-    for at, text in enumerate(texts):
-        ids_BS[at, : len(text)] = torch.tensor(text)
-    starts = [len(batch.prompt_ids[row]) for row in part]
-    rows_T = torch.cat(
-        [torch.full((len(text) - start,), at) for at, (text, start) in enumerate(zip(texts, starts, strict=True))]
-    )
-    columns_T = torch.cat([torch.arange(start, len(text)) for text, start in zip(texts, starts, strict=True)])
-    return ids_BS, rows_T, columns_T
-
-
-def _flat_places(ends_R: np.ndarray, lengths_R: np.ndarray, part: Sequence[int]) -> Tensor:
-    """Places of the rows' tokens in the flat order of the whole batch."""
-    return torch.cat([torch.arange(ends_R[row] - lengths_R[row], ends_R[row]) for row in part])
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

@@ -26,7 +26,8 @@ import torch
 from clipctl import load_spec
 from clipctl.engine import Measure, Scores
 from clipctl.engine.attention import use_grouped_attention
-from clipctl.engine.torch_trainer import TorchTrainer, set_up_torch
+from clipctl.engine.passes import set_up_torch, update_tokens
+from clipctl.engine.torch_trainer import TorchTrainer
 from clipctl.loss import PolicyLoss
 from clipctl.models import find_model, load_causal_lm
 from clipctl.records import Update, histogram_columns, update_columns
@@ -42,7 +43,7 @@ class BareTrainer(TorchTrainer):
     """Takes the same steps and keeps nothing of them."""
 
     def bare_step(self, batch: Batch, rows: range, old: Scores, loss: PolicyLoss) -> float:
-        tokens = self._tokens(batch, rows, old)
+        tokens = update_tokens(batch, rows, old, self.spec, self.masters[0].device)
         for master in self.masters:
             master.grad = torch.zeros_like(master) if master.grad is None else master.grad.zero_()
         values = []
