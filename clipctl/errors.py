@@ -6,9 +6,11 @@ fixes it. Invariants of the program are `assert`s and never appear here.
 
 
 class ClipctlError(Exception):
-    """Base of all user errors; never raised itself."""
+    """Base of all user errors. Raised itself only where another process of the run met a bug."""
 
     exit_code = 1
+    told = False
+    """Another process of the run says it already."""
 
 
 class SpecError(ClipctlError):

@@ -2,6 +2,7 @@
 
 The first request lets the running update finish; a second one, or the end of the grace time, stops at once. SIGTERM, SIGUSR1,
 SIGUSR2 and SIGHUP are what schedulers and closing terminals send, SIGINT is Ctrl-C. Slurm exports the end of a job's time.
+Of several processes of a run each may be asked, or one alone (`clipctl.ranks`).
 """
 
 import os
@@ -27,6 +28,7 @@ class StopRequests:
     """What was asked for so far. Made by `catch_signals`.
 
     reason: of the first request, in words, empty while there is none. grace: seconds from it until the run stops at once.
+    echo: seconds in which another signal is the same request. failure: of another process of the run, which ends this one.
     """
 
     def __init__(self) -> None:
@@ -34,23 +36,40 @@ class StopRequests:
         self.by_hand = False
         self.at_once = False
         self.grace = 60.0
+        self.echo = SAME_REQUEST_SECONDS
+        self.failure: ClipctlError | None = None
         self._last = 0.0
         self._raising = False
+        self._shielded = False
         self._rung = ""
+        self._asked: tuple[str, bool] | None = None
+        self._failed = False
         self._lock = threading.Lock()
         self._timers: list[threading.Timer] = []
         self._open = True
+        self._caught = False
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """Within it a request raises StopNow at once: for work that is simply done again."""
         if self.reason:
             raise StopNow
-        self._raising = True
+        before, self._raising = self._raising, True
         try:
             yield
         finally:
-            self._raising = False
+            self._raising = before
+
+    @contextmanager
+    def shielded(self) -> Iterator[None]:
+        """Within it no request raises; it does when the block ends: for what all processes must do together or not at all."""
+        before, self._shielded = self._shielded, True
+        try:
+            yield
+        finally:
+            self._shielded = before
+        if not before and (self.at_once or (self.reason and self._raising)):
+            raise StopNow
 
     def end_with_job(self, end: float, margin: float) -> None:
         """Asks to stop `margin` seconds before the job ends (`end`: seconds since 1970), or, where so little is left, after
@@ -60,23 +79,52 @@ class StopRequests:
 
     def error(self, what: str) -> ClipctlError:
         """The error that ends the command: 130 for Ctrl-C, 75 for what a scheduler asks for. what: became of the run."""
+        if self.failure is not None:
+            return self.failure
         line = f"stopped {'at once ' if self.at_once else ''}by {self.reason or 'Ctrl-C'}; {what}"
         return Interrupted(line) if self.by_hand or not self.reason else Preempted(line)
 
     def request(self, number: int, frame: object = None) -> None:
         """The signal handler."""
-        rung, self._rung = self._rung, ""
+        (rung, self._rung), (asked, self._asked) = (self._rung, ""), (self._asked, None)
+        failed, self._failed = self._failed, False
         now, before = time.monotonic(), self._last
-        self._last = now
-        if not self.reason:
-            self.by_hand = number == signal.SIGINT
-            self.reason = rung or ("Ctrl-C" if self.by_hand else signal.Signals(number).name)
-            self._ring_after(self.grace, "the grace time is over")
-            if self._raising:
-                raise StopNow
-        elif rung or now - before > SAME_REQUEST_SECONDS:
+        if failed:
             self.at_once = True
             raise StopNow
+        if asked and self.reason:
+            return
+        self._last = now
+        if not self.reason:
+            by_hand = number == signal.SIGINT
+            self.take(*(asked or (rung or ("Ctrl-C" if by_hand else signal.Signals(number).name), by_hand)))
+            if self._raising and not self._shielded:
+                raise StopNow
+        elif rung or now - before > self.echo:
+            self.at_once = True
+            if not self._shielded:
+                raise StopNow
+
+    def take(self, reason: str, by_hand: bool) -> None:
+        """A request without a signal, where there is none yet: that of another process of the run."""
+        if not self.reason:
+            self.reason, self.by_hand = reason, by_hand
+            self._ring_after(self.grace, "the grace time is over")
+
+    def ask(self, reason: str, by_hand: bool) -> None:
+        """The same from another thread, as a signal would: it ends what is interruptible."""
+        with self._lock:
+            if self._open and self._caught and not self.reason:
+                self._asked = (reason, by_hand)
+                _signal_main_thread()
+
+    def fail(self, failure: ClipctlError) -> None:
+        """From another thread: the main thread gets StopNow wherever it is, and `error` is this failure."""
+        with self._lock:
+            self.failure = failure
+            if self._open and self._caught:
+                self._failed = True
+                _signal_main_thread()
 
     def close(self) -> None:
         """No timer rings any more."""
@@ -94,9 +142,13 @@ class StopRequests:
     def _ring(self, why: str) -> None:
         """Runs in a timer's thread; only the main thread can raise in the main thread, so it gets a signal."""
         with self._lock:
-            if self._open:
+            if self._open and self._caught:
                 self._rung = why
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+                _signal_main_thread()
+
+
+def _signal_main_thread() -> None:
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
 
 _current: list[StopRequests] = []
@@ -125,6 +177,7 @@ def catch_signals() -> Iterator[StopRequests]:
     try:
         for number in before:
             signal.signal(number, stop.request)
+        stop._caught = True
         yield stop
     except KeyboardInterrupt:
         raise stop.error("what was measured is kept") from None

@@ -115,12 +115,54 @@ def minibatches(responses: int, responses_per_update: int) -> list[range]:
     return [range(at, min(at + responses_per_update, responses)) for at in range(0, responses, responses_per_update)]
 
 
-def microbatches(lengths: Sequence[int], rows: Sequence[int], tokens_per_microbatch: int) -> list[list[int]]:
+def microbatches(
+    lengths: Sequence[int], rows: Sequence[int], tokens_per_microbatch: int, at_least: int = 1
+) -> list[list[int]]:
     """`rows` cut into micro-batches of at most `tokens_per_microbatch` padded tokens, sorted by length.
 
     lengths: prompt + response tokens of every response; rows: the ones to lay out. A row that alone is longer gets a
     micro-batch of its own. The layout is a function of lengths alone, so scoring and updates share it exactly.
+    at_least: where there are fewer micro-batches than so many (ranks), the budget is the smallest one that needs no more of
+    them, so that the largest is as small as it can be; any number of ranks that is no larger sees one and the same layout.
     """
+    layout = _packed(lengths, rows, tokens_per_microbatch)
+    if len(layout) >= min(at_least, len(rows)):
+        return layout
+    low, high = 0, max(len(part) * lengths[part[0]] for part in layout)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_packed(lengths, rows, middle)) <= at_least else (middle, high)
+    return _packed(lengths, rows, high)
+
+
+def divide(parts: Sequence[Sequence[int]], lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Which of the micro-batches `parts` each rank takes: their places, by rank, in the order of `parts`.
+
+    Longest processing time first (Graham 1969), by padded tokens, with at most ⌈parts/ranks⌉ a rank, so that numbers differ as
+    little as they can: where each pass is a collective operation (ZeRO-3), `in_step` makes them equal.
+    """
+    most = -(-len(parts) // ranks)
+    sizes = [len(part) * max(lengths[row] for row in part) for part in parts]
+    taken: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for place in sorted(range(len(parts)), key=lambda place: -sizes[place]):
+        rank = min((rank for rank in range(ranks) if len(taken[rank]) < most), key=lambda rank: (loads[rank], rank))
+        taken[rank].append(place)
+        loads[rank] += sizes[place]
+    return [sorted(places) for places in taken]
+
+
+def in_step(divided: Sequence[Sequence[int]]) -> list[list[tuple[int, bool]]]:
+    """The places of `divide` with as many for each rank: (place, whether it counts). A rank with too few does its last one
+    again, or the first one of all, with weight zero."""
+    most = max(map(len, divided), default=0)
+    return [
+        [(place, True) for place in places] + [(places[-1] if places else 0, False)] * (most - len(places))
+        for places in divided
+    ]
+
+
+def _packed(lengths: Sequence[int], rows: Sequence[int], tokens_per_microbatch: int) -> list[list[int]]:
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
     layout: list[list[int]] = []
     for row in reversed(ordered):

@@ -1,11 +1,13 @@
 """Draws and layouts that must not depend on the order of calls."""
 
+from itertools import combinations, pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipctl.rollout import Batch, keyed_rng, microbatches, minibatches, stream_indices
+from clipctl.rollout import Batch, divide, in_step, keyed_rng, microbatches, minibatches, stream_indices
 
 
 def test_keyed_rng_depends_on_the_whole_key_and_nothing_else() -> None:
@@ -57,6 +59,75 @@ def test_microbatches_hold_every_row_once_within_the_budget(lengths: list[int], 
 
 def test_microbatches_are_sorted_by_length_and_pinned() -> None:
     assert microbatches([5, 9, 2, 9, 3], [0, 1, 2, 3, 4], 18) == [[3, 1], [0, 4, 2]]
+
+
+def padded(part: list[int], lengths: list[int]) -> int:
+    return len(part) * max(lengths[row] for row in part)
+
+
+def test_fewer_microbatches_than_ranks_are_cut_so_that_the_largest_is_smallest() -> None:
+    """Of 9 9 5 3 2 in two parts the largest is 2·9 = 18, in three 3·5 = 15."""
+    lengths = [5, 9, 2, 9, 3]
+    assert microbatches(lengths, range(5), 1000) == [[3, 1, 0, 4, 2]]
+    assert microbatches(lengths, range(5), 1000, 2) == [[3, 1], [0, 4, 2]]
+    assert microbatches(lengths, range(5), 1000, 3) == [[3], [1], [0, 4, 2]]
+    assert microbatches(lengths, range(5), 1000, 9) == [[3], [1], [0], [4], [2]]
+    assert microbatches(lengths, range(5), 18, 2) == microbatches(lengths, range(5), 18, 1)
+    assert microbatches(lengths, [], 18, 2) == []
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 200), st.integers(1, 9))
+def test_no_other_cut_into_as_many_has_a_smaller_largest(lengths: list[int], budget: int, ranks: int) -> None:
+    """Against every way to cut the sorted rows into at most so many parts."""
+    found = microbatches(lengths, range(len(lengths)), budget, ranks)
+    assert sorted(row for part in found for row in part) == list(range(len(lengths)))
+    if len(microbatches(lengths, range(len(lengths)), budget)) >= ranks:
+        assert found == microbatches(lengths, range(len(lengths)), budget)
+        return
+    down = sorted(lengths, reverse=True)
+    cuts = [
+        [0, *where, len(down)]
+        for parts in range(1, ranks + 1)
+        for where in combinations(range(1, len(down)), parts - 1)
+    ]
+    best = min(max((end - start) * down[start] for start, end in pairwise(cut)) for cut in cuts)
+    assert max(padded(part, lengths) for part in found) == best
+    assert len(found) <= ranks
+
+
+def test_microbatches_are_divided_by_padded_tokens_and_pinned() -> None:
+    """Sizes 16, 14, 12, 5: the first to rank 0, two to rank 1, and the smallest to rank 0, which has 16 to 26."""
+    lengths, parts = [8, 8, 7, 7, 6, 6, 5], [[0, 1], [2, 3], [4, 5], [6]]
+    assert divide(parts, lengths, 2) == [[0, 3], [1, 2]]
+    assert divide(parts, lengths, 1) == [[0, 1, 2, 3]]
+    assert divide(parts, lengths, 3) == [[0], [1], [2, 3]]
+    assert divide(parts, lengths, 6) == [[0], [1], [2], [3], [], []]
+    assert divide([], lengths, 2) == [[], []]
+
+
+def test_ranks_that_go_in_step_repeat_a_microbatch_that_does_not_count() -> None:
+    assert in_step([[0], [1], [2, 3]]) == [
+        [(0, True), (0, False)],
+        [(1, True), (1, False)],
+        [(2, True), (3, True)],
+    ]
+    assert in_step([[0], []]) == [[(0, True)], [(0, False)]]
+    assert in_step([[], []]) == [[], []]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 200), st.integers(1, 9))
+def test_every_microbatch_counts_once_and_ranks_have_equally_many(lengths: list[int], budget: int, ranks: int) -> None:
+    parts = microbatches(lengths, range(len(lengths)), budget, ranks)
+    divided = divide(parts, lengths, ranks)
+    assert sorted(place for places in divided for place in places) == list(range(len(parts)))
+    loads = [sum(padded(parts[place], lengths) for place in places) for places in divided]
+    largest = max(padded(part, lengths) for part in parts)
+    assert max(map(len, divided)) == -(-len(parts) // ranks)
+    stepped = in_step(divided)
+    assert len(set(map(len, stepped))) == 1
+    assert [[place for place, counts in places if counts] for places in stepped] == divided
+    if len(parts) <= ranks:
+        assert max(loads) == largest
 
 
 def test_minibatches_take_whole_groups_in_order_and_a_smaller_rest() -> None:
