@@ -7,6 +7,7 @@ converted from GGUF lies in `CLIPCTL_CACHE`, else in the user's cache folder.
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -259,6 +260,7 @@ def pull_model(name: str) -> Path:
 
 def load_tokenizer(folder: Path, chat_template: str | None) -> ChatTokenizer:
     """The folder's tokenizer with its chat template, the given one, or, where there is none, a plain one."""
+    quiet_libraries()
     from transformers import AutoTokenizer
 
     try:
@@ -300,12 +302,12 @@ def check_device(device: str) -> None:
 def load_causal_lm(folder: Path, dtype: str, device: str) -> "nn.Module":
     """The model in eval mode, without dropout. Raises ModelError for what exact statistics cannot take, and
     DependencyError for a GPU that is not there."""
+    quiet_libraries()
     import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_device(device)
-    _quiet_transformers()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         refuse_inexact(config)
@@ -491,10 +493,10 @@ def _converted(gguf: Path, folder: Path) -> Path:
     """A GGUF file as a transformers folder: its weights dequantised, its tokenizer and chat template."""
     if (folder / "config.json").is_file():
         return folder
+    quiet_libraries()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    _quiet_transformers()
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     try:
         quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -593,12 +595,20 @@ def _shape_of_gguf(file: Path) -> ModelShape:
     )
 
 
-def _quiet_transformers() -> None:
-    """No progress bars and advice of its own on stderr."""
-    from transformers.utils import logging
+def quiet_libraries() -> None:
+    """No progress bars and advice on stderr, and nothing on stdout, which is for results: transformers imports DeepSpeed
+    where it is installed, and DeepSpeed logs to stdout."""
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("DeepSpeed").addFilter(_errors_to_stderr)
+
+
+def _errors_to_stderr(record: logging.LogRecord) -> bool:
+    if record.levelno >= logging.ERROR:
+        print(f"DeepSpeed: {record.getMessage()}", file=sys.stderr)
+    return False
 
 
 def _first_line(error: BaseException) -> str:
