@@ -326,6 +326,37 @@ def export(
     print(write(run, to, runs_dir))
 
 
+@app.command()
+def doctor(
+    preset: Annotated[
+        str | None, typer.Option(help="Also what this preset needs; exit 3 where something lacks.")
+    ] = None,
+    spec: Annotated[Path | None, typer.Option(help="The same of a TOML run spec, over the preset.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the spec; may be repeated.")
+    ] = None,
+    runs_dir: RunsDir = Path("runs"),
+    output: Annotated[Literal["text", "json"], typer.Option("--format", help="text or json.")] = "text",
+) -> None:
+    """Look at this machine: versions, engines, GPUs, memory, disk, hub, threads, Slurm, compilers; a line for each, with what
+    mends it where something is wrong. Starts nothing, downloads nothing.
+
+    Example: clipctl doctor --preset qwen3b-gsm8k --set engine.device=cuda
+    """
+    from clipctl.doctor import FORMATS, check_needs, examine
+    from clipctl.spec import nest, parse_assignment, preset_layer, read_toml, resolve_spec
+
+    layers = [
+        preset_layer(preset) if preset else {},
+        read_toml(spec) if spec else {},
+        nest(dict(parse_assignment(text) for text in assignments or ())),
+    ]
+    resolved = resolve_spec(*layers) if any(layers) else None
+    findings = examine(resolved, runs_dir)
+    print(FORMATS[output](findings))
+    check_needs(findings, preset or (str(spec) if spec else "clipctl" if resolved is None else "this spec"))
+
+
 @presets_app.command("list")
 def presets_list() -> None:
     """Name and first line of every preset."""

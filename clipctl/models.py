@@ -183,7 +183,7 @@ def model_shape(path: str) -> ModelShape | None:
 
     None where it cannot be known without a download, or the architecture is no dense decoder.
     """
-    known = _known(path)
+    known = known_name(path)
     if known is not None:
         return MODELS[known].shape
     place = _package_folder() if path == "tiny" else Path(path).expanduser()
@@ -209,7 +209,7 @@ def find_model(path: str, *, pull: bool) -> Path:
         return _converted(place, cache_folder() / f"gguf-{_stamp(place)}")
     if place.is_dir():
         return _checked(place)
-    if _known(path) is None and not _looks_like_hub_name(path):
+    if known_name(path) is None and not _looks_like_hub_name(path):
         raise ModelError(f"model.path: no folder, file or known model {path!r}; known: {', '.join(['tiny', *MODELS])}")
     cached = cached_folder(path)
     if cached is not None:
@@ -221,7 +221,7 @@ def find_model(path: str, *, pull: bool) -> Path:
 
 def cached_folder(name: str) -> Path | None:
     """The complete local copy of a known model or a hub name, None where there is none; asks no network."""
-    known = _known(name)
+    known = known_name(name)
     if known is not None and (cache_folder() / known / "config.json").is_file():
         return cache_folder() / known
     if known is None and not _looks_like_hub_name(name):
@@ -240,7 +240,7 @@ def pull_model(name: str) -> Path:
     """
     if name == "tiny":
         return _package_folder()
-    known = _known(name)
+    known = known_name(name)
     if known is None and not _looks_like_hub_name(name):
         raise ModelError(f"models pull: no model {name!r}; known: {', '.join(MODELS)}, or a hub name such as org/model")
     cached = cached_folder(name)
@@ -383,7 +383,8 @@ def _billions(shape: ModelShape | None) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
-def _known(path: str) -> str | None:
+def known_name(path: str) -> str | None:
+    """The name in MODELS of a name or hub name, None for others."""
     by_hub = {known.hub.lower(): name for name, known in MODELS.items()}
     lower = path.lower()
     return lower if lower in MODELS else by_hub.get(lower)
@@ -391,7 +392,7 @@ def _known(path: str) -> str | None:
 
 def hub_name(path: str) -> str | None:
     """What the hub calls the model, None where it is a file, a folder or the embedded model."""
-    known = _known(path)
+    known = known_name(path)
     if known is not None:
         return MODELS[known].hub
     return path if _looks_like_hub_name(path) and not Path(path).expanduser().exists() else None

@@ -5,6 +5,7 @@ Estimates are marked as such; everything else follows from the spec and the mode
 
 from dataclasses import dataclass
 
+from clipctl import machine
 from clipctl.benchmarks import parse_benchmark
 from clipctl.models import ModelShape, model_shape
 from clipctl.spec import RunSpec
@@ -128,16 +129,14 @@ def memory_warnings(spec: RunSpec, held: dict[str, int]) -> list[str]:
     """Where a run needs more than this machine has, or than `LARGE_GPU`."""
     if not held:
         return []
-    import psutil
-
     on_cpu = spec.engine.device == "cpu"
-    room = int(psutil.virtual_memory().total) if on_cpu else LARGE_GPU
+    room = machine.memory().usable if on_cpu else LARGE_GPU
     if peak_memory(held) <= room:
         return []
     fixed = sum(size for name, size in held.items() if name not in (KV_CACHE, SAMPLING, ACTIVATIONS, STATISTICS))
     return [
-        f"about {_size(peak_memory(held))} in one device, and {'this machine' if on_cpu else 'a large GPU'} has "
-        f"{_size(room)}; {_size(fixed)} of it are weights, gradients and moments, the rest falls with "
+        f"about {size_words(peak_memory(held))} in one device, and {'this machine' if on_cpu else 'a large GPU'} has "
+        f"{size_words(room)}; {size_words(fixed)} of it are weights, gradients and moments, the rest falls with "
         f"engine.sampler_rows (now {spec.engine.sampler_rows}) and engine.tokens_per_microbatch "
         f"(now {spec.engine.tokens_per_microbatch})"
     ]
@@ -197,6 +196,13 @@ def disk_per_rollout(spec: RunSpec) -> int:
     rows += spec.updates_per_rollout * BINS * ROW_BYTES["histograms"]
     texts = TEXT_BYTES_PER_TOKEN * tokens if spec.store.texts else 0
     return rows + texts + int(kept * spec.responses * spec.rollout.max_response_tokens * ROW_BYTES["tokens"])
+
+
+def disk_of_run(plan: Plan) -> int:
+    """Bytes that the whole run takes, at most: the store, the checkpoints that stay and the one that is being written."""
+    kept, alone = kept_checkpoints(plan.spec)
+    checkpoints = (kept + 1) * (plan.disk_checkpoint or 0) + alone * (plan.disk_model or 0)
+    return plan.disk_per_rollout * plan.spec.run.steps + checkpoints
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -380,28 +386,25 @@ def _memory_lines(plan: Plan) -> list[str]:
         return []
     assert plan.shape is not None
     logits = 4 * plan.spec.engine.tokens_per_microbatch * plan.shape.vocabulary
-    parts = [_more(f"{_size(size):>10}  {name}") for name, size in plan.memory.items()]
+    parts = [_more(f"{size_words(size):>10}  {name}") for name, size in plan.memory.items()]
     return [
-        _line("memory", f"{_size(peak_memory(plan.memory))} at the peak (sampling and training take turns)"),
+        _line("memory", f"{size_words(peak_memory(plan.memory))} at the peak (sampling and training take turns)"),
         *parts,
-        _more(f"logits are never held whole: they would take {_size(logits)} a micro-batch"),
+        _more(f"logits are never held whole: they would take {size_words(logits)} a micro-batch"),
     ]
 
 
 def _disk_lines(plan: Plan) -> list[str]:
-    steps = plan.spec.run.steps
+    each, steps = plan.disk_per_rollout, plan.spec.run.steps
     lines = [
-        _line(
-            "disk",
-            f"at most {_size(plan.disk_per_rollout)} a rollout in the store, {_size(plan.disk_per_rollout * steps)} in all",
-        )
+        _line("disk", f"at most {size_words(each)} a rollout in the store, {size_words(each * steps)} in all"),
     ]
     if plan.disk_model is not None and plan.disk_checkpoint is not None:
         kept, alone = kept_checkpoints(plan.spec)
-        others = f", {_count(alone, 'model')} alone of {_size(plan.disk_model)}" if alone else ""
+        others = f", {_count(alone, 'model')} alone of {size_words(plan.disk_model)}" if alone else ""
         lines.append(
             _more(
-                f"{_count(kept, 'checkpoint')} of {_size(plan.disk_checkpoint)}{others}, and one more while it is written"
+                f"{_count(kept, 'checkpoint')} of {size_words(plan.disk_checkpoint)}{others}, and one more while it is written"
             )
         )
     return lines
@@ -425,6 +428,7 @@ def _bytes_per_weight(spec: RunSpec) -> int:
     return 2 if spec.model.dtype == "bfloat16" else 4
 
 
-def _size(size: float) -> str:
+def size_words(size: float) -> str:
+    """A number of bytes for people."""
     unit, name = (GIB, "GiB") if size >= GIB else (MIB, "MiB") if size >= MIB else (KIB, "KiB")
     return f"{size / unit:.1f} {name}"

@@ -220,6 +220,20 @@ def read_rows(data: Data, task: Task) -> tuple[Iterator[Row], str]:
     return _hub_rows(data, task)
 
 
+def missing_rows(data: Data) -> str | None:
+    """The dataset of the hub that would be asked for the rows; None where they are here. Downloads nothing. Raises SpecError
+    and DataError for rows that cannot come from there."""
+    task = find_task(data.task)
+    hub = dict(task.hub).get(data.split)
+    if data.path is not None or os.environ.get("CLIPCTL_DATA") or hub is None:
+        read_rows(data, task)
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = [try_to_load_from_cache(hub.repo, name, repo_type="dataset", revision=hub.revision) for name in hub.files]
+    return None if all(isinstance(path, str) for path in cached) else hub.repo
+
+
 def fields_of(data: Data, task: Task) -> Fields:
     """Where question and answer are: the spec's fields, else those of the hub's files if the rows come from there, else
     the task's."""

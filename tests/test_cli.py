@@ -34,7 +34,9 @@ def refused(code: int, *arguments: str, **environment: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["analyze", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["doctor", "--help"], ["analyze", "--help"], ["--version"]]
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom clipctl.cli import app\n"
@@ -45,7 +47,9 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_help_names_every_command_and_option() -> None:
-    assert all(command in clipctl("--help").stdout for command in ("train", "analyze", "export", "presets", "models"))
+    assert all(
+        command in clipctl("--help").stdout for command in ("train", "analyze", "export", "doctor", "presets", "models")
+    )
     options = clipctl("train", "--help").stdout
     for option in ("preset", "spec", "set", "eps-low", "eps-high", "no-clip-low", "no-clip-high", "steps", "seed",
                    "model", "name", "runs-dir", "dry-run"):  # fmt: skip

@@ -44,7 +44,7 @@ def test_every_module_is_in_the_table_of_files() -> None:
             assert module.name in files, module.name
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "analyze", "theory", "export"])
+@pytest.mark.parametrize("command", ["train", "eval", "analyze", "theory", "export", "doctor"])
 def test_every_option_is_named(command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "clipctl", command, "--help"], capture_output=True, text=True, check=True
@@ -87,6 +87,7 @@ NOT_RUN = {
     "bash check.sh": "runs this test-suite",
     "clipctl train --preset qwen3b-gsm8k --eps-low 0.15 --no-clip-high": "3B parameters; its --dry-run is run",
     "clipctl train --preset qwen3b-gsm8k --name first": "3B parameters",
+    "clipctl doctor --preset qwen3b-gsm8k --set engine.device=cuda": "exits 3 without a GPU; test_doctor.py runs it",
     "clipctl eval --run runs/my-run@40 --benchmark gsm8k --benchmark math500 -k 8": "benchmarks from the hub",
     "clipctl eval --model qwen2.5-3b-instruct --benchmark gsm8k --benchmark math500 -k 8 --set engine.device=cuda": "a GPU",
 }
