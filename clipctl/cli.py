@@ -184,6 +184,71 @@ def evaluation(
 
 
 @app.command()
+def sweep(
+    preset: Annotated[
+        str | None, typer.Option(help="A sweep, such as fig3, or a preset to vary; of `clipctl presets list`.")
+    ] = None,
+    spec: Annotated[Path | None, typer.Option(help="A TOML sweep file, or a run spec to vary.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of all run specs; may be repeated.")
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=V1,V2", help="Values of a key; with several --grid all combinations are run."),
+    ] = None,
+    zipped: Annotated[
+        list[str] | None,
+        typer.Option("--zip", metavar="KEY=V1,V2", help="The same, but the lists of all --zip go side by side."),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="So many seeds of each, from run.seed on.")] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs at once; cores and GPUs are divided among them. On Slurm: of the array.")
+    ] = 1,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run those again that failed.")] = False,
+    name: Annotated[str | None, typer.Option(help="Folder of the sweep; without it made from what is swept.")] = None,
+    runs_dir: RunsDir = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the table of runs; start nothing.")] = False,
+) -> None:
+    """Run many specs, seeds and all; prints the sweep's folder. The same command again runs only what is missing.
+
+    Examples: clipctl sweep --preset tiny --grid clip.low=0.1,0.2 --grid clip.high=0.1,inf --seeds 5 --jobs 2 | clipctl sweep
+    --preset fig3 --dry-run
+    """
+    from clipctl.spec import parse_assignment
+    from clipctl.sweep_spec import default_name, expand, file_sweep, parse_list, preset_sweep, resolve_sweep
+
+    if (preset is None) == (spec is None):
+        raise SpecError("sweep: give one of --preset NAME and --spec FILE")
+    described = resolve_sweep(
+        preset_sweep(preset) if preset is not None else file_sweep(Path(str(spec))),
+        dict(parse_assignment(text) for text in assignments or ()),
+        dict(parse_list(text) for text in grid or ()),
+        dict(parse_list(text, "--zip") for text in zipped or ()),
+        seeds,
+    )
+    members = expand(described)
+    folder = runs_dir / (name or default_name(preset or str(spec), described))
+    from clipctl.sweep_folder import place_members, planning, record_sweep
+
+    if dry_run:
+        from clipctl.sweep import table_lines
+
+        print("\n".join(table_lines(place_members(runs_dir, folder.name, members))))
+        return
+    with planning(runs_dir):
+        placed = place_members(runs_dir, folder.name, members)
+        record_sweep(runs_dir, folder.name, described, placed)
+    from clipctl.sweep import run_sweep, share_machine, show_sweep, table_lines, views_lines
+
+    shares, warnings = share_machine(members, jobs)
+    print("\n".join([*table_lines(placed), *(f"warning: {line}" for line in warnings)]), file=sys.stderr, flush=True)
+    with show_sweep(folder) as (tell, watch):
+        run_sweep(folder, placed, shares, retry_failed=retry_failed, tell=tell, watch=watch)
+    print("\n".join(f"draw it: {line}" for line in views_lines(described, folder)), file=sys.stderr)
+    print(folder)
+
+
+@app.command()
 def analyze(
     paths: Annotated[list[Path], typer.Argument(help="Runs, folders of runs, or globs.")],
     sql: Annotated[
@@ -359,20 +424,23 @@ def doctor(
 
 @presets_app.command("list")
 def presets_list() -> None:
-    """Name and first line of every preset."""
+    """Name and first line of every preset, and of every sweep."""
     from clipctl.spec import preset_names, preset_text
+    from clipctl.sweep_spec import sweep_names, sweep_text
 
-    width = max(map(len, preset_names()))
-    for preset in preset_names():
-        print(f"{preset:{width}}  {preset_text(preset).splitlines()[0].lstrip('# ')}")
+    texts = {name: preset_text(name) for name in preset_names()} | {name: sweep_text(name) for name in sweep_names()}
+    width = max(map(len, texts))
+    for preset, text in texts.items():
+        print(f"{preset:{width}}  {text.splitlines()[0].lstrip('# ')}")
 
 
 @presets_app.command("show")
 def presets_show(name: str) -> None:
-    """The TOML text of a preset."""
+    """The TOML text of a preset, or of a sweep."""
     from clipctl.spec import preset_text
+    from clipctl.sweep_spec import sweep_names, sweep_text
 
-    print(preset_text(name), end="")
+    print(sweep_text(name) if name in sweep_names() else preset_text(name), end="")
 
 
 @presets_app.command("schema")

@@ -61,6 +61,12 @@ class AlarmStop(ClipctlError):
     exit_code = 8
 
 
+class SweepFailed(ClipctlError):
+    """Some runs of a sweep failed; all others are finished."""
+
+    exit_code = 9
+
+
 class Interrupted(ClipctlError):
     """The user stopped the run by hand (Ctrl-C); what was measured is kept."""
 

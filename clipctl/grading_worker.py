@@ -206,7 +206,7 @@ def _work(pipe: "Connection[bytes, bytes]", server: int) -> None:
     from clipctl.formulas import answer_request
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _die_with(server)
+    die_with(server)
     silent = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(silent, stream)
@@ -227,8 +227,8 @@ def _work(pipe: "Connection[bytes, bytes]", server: int) -> None:
         pipe.send_bytes(outcome.encode())
 
 
-def _die_with(server: int) -> None:
-    """Asks the kernel (Linux) to kill this worker when the server dies, even in the middle of a hanging grading."""
+def die_with(server: int) -> None:
+    """Asks the kernel (Linux) to kill this process when the server that forked it dies, even in the middle of a hanging call."""
     if sys.platform == "linux":
         import ctypes
 

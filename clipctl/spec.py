@@ -462,7 +462,7 @@ class RunSpec(Group):
 
 def preset_names() -> list[str]:
     """Names of the presets that come with clipctl."""
-    return sorted(path.stem for path in _presets_folder().glob("*.toml"))
+    return sorted(path.stem for path in presets_folder().glob("*.toml"))
 
 
 def preset_text(name: str) -> str:
@@ -470,7 +470,7 @@ def preset_text(name: str) -> str:
     names = preset_names()
     if name not in names:
         raise SpecError(f"--preset: no preset {name!r}{nearest(name, names)}; known: {', '.join(names)}")
-    return (_presets_folder() / f"{name}.toml").read_text()
+    return (presets_folder() / f"{name}.toml").read_text()
 
 
 def preset_layer(name: str) -> dict[str, Any]:
@@ -581,7 +581,8 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _presets_folder() -> Path:
+def presets_folder() -> Path:
+    """Where the presets lie: in the package where it is installed, beside it in a checkout."""
     shipped = Path(__file__).parent / "presets"
     return shipped if shipped.is_dir() else Path(__file__).parent.parent / "presets"
 

@@ -1,0 +1,220 @@
+"""Where the runs of a sweep lie, and what has become of them.
+
+A sweep is a folder of runs with `sweep.json`, which says what it is. A run that another sweep, or a plain `clipctl train`, has
+in the same runs folder is not run again: a link in the sweep's folder leads there. Who begins a sweep decides under one lock
+where each run lies, so that two sweeps begun at once share runs too.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from clipctl.attempts import spec_changes
+from clipctl.discover import find_folders
+from clipctl.errors import SpecError, StoreError
+from clipctl.folder import read_json, state_of, usable_status
+from clipctl.journal import check_place
+from clipctl.lock import NO_LOCKS
+from clipctl.segments import write_whole
+from clipctl.spec import NAME_PATTERN, RunSpec, spec_from_json
+from clipctl.sweep_spec import Member, SweepSpec, identity
+
+RECORD = "sweep.json"
+CLAIM = ".claim"
+"""In a run's folder; locked by the sweep that runs it, from before its process starts until after it ended."""
+
+Outlook = Literal["missing", "unfinished", "finished", "stopped", "failed"]
+"""What is left to do of a run: all of it, its rest, or nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A run of the sweep and its folder, which may be in another sweep's."""
+
+    member: Member
+    folder: Path
+    shared: bool
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """What `clipctl` is told."""
+        return (*self.member.command, "--name", self.folder.name, "--runs-dir", str(self.folder.parent))
+
+    @property
+    def rollouts(self) -> int:
+        """How many are stored."""
+        return int(_status(self.folder).get("rollouts", 0))
+
+    @property
+    def message(self) -> str:
+        """What the run's last attempt said of its end."""
+        return str(_status(self.folder).get("message") or "")
+
+    @property
+    def outlook(self) -> Outlook:
+        status = _status(self.folder)
+        state = state_of(status) if status else None
+        if state is None:
+            return "missing"
+        if state == "finished" and self.rollouts >= self.member.spec.run.steps:
+            return "finished"
+        if state == "stopped" and _steps(self.folder) >= self.member.spec.run.steps:
+            return "stopped"
+        return "failed" if state in ("failed", "diverged") else "unfinished"
+
+
+def place_members(runs_dir: Path, name: str, members: Sequence[Member]) -> list[Placed]:
+    """Where each run lies or will lie; writes nothing.
+
+    Raises SpecError where the sweep's folder has a run of that name with another spec.
+    """
+    known = _known_runs(runs_dir)
+    placed = []
+    for member in members:
+        own = runs_dir / name / member.name
+        has_own = own.is_dir() and not own.is_symlink()
+        if has_own:
+            _refuse_other_spec(own, member)
+        folder = own if has_own else known.get(member.identity, own)
+        placed.append(Placed(member, folder, shared=folder != own))
+    return placed
+
+
+@contextmanager
+def planning(runs_dir: Path) -> Iterator[None]:
+    """Within it no other process decides where runs lie. Raises StoreError where the folder cannot be written."""
+    check_place(runs_dir, ".sweeps.lock")
+    with (runs_dir / ".sweeps.lock").open("a") as file:
+        try_lock(file, wait=True)
+        yield
+
+
+def record_sweep(runs_dir: Path, name: str, sweep: SweepSpec, placed: Sequence[Placed]) -> Path:
+    """The sweep's folder with its record and links to runs that lie elsewhere. Call it within `planning`.
+
+    Runs that an earlier launch had and this one has not stay recorded: they are there.
+    """
+    folder = runs_dir / name
+    if not NAME_PATTERN.fullmatch(name):
+        raise SpecError(
+            f"--name: {name!r} is not allowed: letters, digits, '.', '_' and '-', first a letter or digit, at most 100"
+        )
+    if (folder / "spec.json").exists():
+        raise SpecError(f"--name: {folder} is a run; choose another --name for the sweep")
+    try:
+        folder.mkdir(exist_ok=True)
+        runs = {one["name"]: one for one in read_record(folder)}
+        for place in placed:
+            runs[place.member.name] = {
+                "name": place.member.name,
+                "identity": place.member.identity,
+                "folder": os.path.relpath(place.folder, folder),
+                "values": {key: str(value) for key, value in place.member.values.items()},
+            }
+            _link(folder / place.member.name, place)
+        content = {"kind": "sweep", "name": name, "sweep": sweep.model_dump(mode="json"), "runs": list(runs.values())}
+        write_whole(folder / RECORD, json.dumps(content, indent=2).encode())
+    except OSError as error:
+        raise StoreError(f"--runs-dir: {folder} cannot be written: {error.strerror}") from None
+    return folder
+
+
+def read_record(folder: Path) -> list[dict[str, Any]]:
+    """The runs of a sweep's record; none where there is none or it is damaged, as it can be made again."""
+    runs = read_json(folder / RECORD, []).get("runs", [])
+    return [one for one in runs if isinstance(one, dict) and {"name", "identity", "folder"} <= one.keys()]
+
+
+def open_claim(folder: Path) -> IO[str] | None:
+    """The locked claim of a run, None where another process has it or runs the run. Closing it gives the run back. The
+    kernel does so when its holder dies. Raises StoreError where the folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        claim = (folder / CLAIM).open("a")
+    except OSError as error:
+        raise StoreError(f"{folder}: {error.strerror}") from None
+    if try_lock(claim) and not is_running(folder):
+        return claim
+    claim.close()
+    return None
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process of this machine, or of one whose locks are seen here, runs the run."""
+    if not (folder / ".lock").exists():
+        return False
+    with (folder / ".lock").open("a") as file:
+        return not try_lock(file)
+
+
+def try_lock(file: IO[str], *, wait: bool = False) -> bool:
+    """Whether the file could be locked; so it counts where the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
+
+
+def _known_runs(runs_dir: Path) -> dict[str, Path]:
+    """Identity → folder of every run under the runs folder that is finished, and of those that sweeps have or will have there.
+    Finished ones win."""
+    if not runs_dir.is_dir():
+        return {}
+    specs = {folder: spec for folder in find_folders([runs_dir]) if (spec := _spec(folder)) is not None}
+    identities = {folder: identity(spec) for folder, spec in specs.items()}
+    found: dict[str, Path] = {}
+    for record in sorted(runs_dir.glob(f"*/{RECORD}")):
+        for run in read_record(record.parent):
+            folder = (record.parent / run["folder"]).resolve()
+            # A sweep that only refers to a run does not decide where it lies, and a run may have become another one.
+            if folder.parent == record.parent.resolve() and identities.get(folder, run["identity"]) == run["identity"]:
+                found.setdefault(run["identity"], folder)
+    for folder, spec in specs.items():
+        if _status(folder).get("state") == "finished" and _status(folder)["rollouts"] >= spec.run.steps:
+            found[identities[folder]] = folder
+    return {key: runs_dir / os.path.relpath(folder, runs_dir.resolve()) for key, folder in found.items()}
+
+
+def _refuse_other_spec(folder: Path, member: Member) -> None:
+    before = _spec(folder)
+    changes = spec_changes(before, member.spec) if before is not None else []
+    if changes:
+        raise SpecError(
+            f"--name: {folder} was begun with another spec: {'; '.join(changes)}; only run.steps, eval.* and checkpoint.* may "
+            "change: choose another --name"
+        )
+
+
+def _link(link: Path, place: Placed) -> None:
+    """A link to a run that lies in another folder, in place of an older one."""
+    target, elsewhere = os.path.relpath(place.folder, link.parent), place.folder.parent != link.parent
+    if link.is_symlink() and (not elsewhere or os.readlink(link) != target):
+        link.unlink()
+    if elsewhere and not link.is_symlink():
+        link.symlink_to(target, target_is_directory=True)
+
+
+def _spec(folder: Path) -> RunSpec | None:
+    """The spec of a run's folder; None of one that has none, or one that this version cannot read."""
+    try:
+        return spec_from_json((folder / "spec.json").read_text())
+    except (OSError, UnicodeDecodeError, SpecError):
+        return None
+
+
+def _steps(folder: Path) -> int:
+    spec = _spec(folder)
+    return 0 if spec is None else spec.run.steps
+
+
+def _status(folder: Path) -> Mapping[str, Any]:
+    return usable_status(read_json(folder / "status.json", []), [])

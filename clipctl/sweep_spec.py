@@ -1,0 +1,352 @@
+"""What a sweep is: base run specs, what varies, seeds, the views that draw it, and the runs that follow. No torch.
+
+A sweep file is TOML, closed and frozen like a run spec. `over` names a sweep that it is an overlay of: its keys replace those of
+that one, tables are merged key by key. Runs are ordered by seed first, so that what is there after an interruption has all arms.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from clipctl.errors import SpecError
+from clipctl.spec import (
+    NAME_PATTERN,
+    Count,
+    Group,
+    RunSpec,
+    nearest,
+    nest,
+    preset_layer,
+    preset_names,
+    presets_folder,
+    read_toml,
+    resolve_spec,
+    validate,
+)
+
+Values = Annotated[tuple[Any, ...], Field(strict=False, min_length=1)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class SweepView(Group):
+    """A view of `clipctl analyze` that draws the sweep."""
+
+    view: str
+    by: Names = ()
+    """Keys that runs are grouped by; none: all in which they differ but the seed."""
+    rollouts: bool = False
+    """For the ledger: every rollout, not the summary."""
+
+
+class SweepSpec(Group):
+    """A sweep: every base with every row of `zip`, every combination of `grid` and every seed."""
+
+    base: Names = ()
+    """Presets, or files of run specs (`.toml`)."""
+    include: Names = ()
+    """Sweeps whose runs belong to this one."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the run spec over every base, by dotted key."""
+    grid: dict[str, Values] = Field(default_factory=dict)
+    """Dotted key → values; all combinations are run."""
+    zip: dict[str, Values] = Field(default_factory=dict)
+    """Dotted key → values; the first ones of all lists are one arm, the second ones another."""
+    names: Names = ()
+    """Names of the rows of `zip`; none: made from their values."""
+    seeds: Count | Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = 1
+    """How many, from `run.seed` of the base on, or which ones."""
+    views: Annotated[tuple[SweepView, ...], Field(strict=False)] = ()
+    """What draws it, the first one best."""
+    slurm: dict[str, str | int | bool] = Field(default_factory=dict)
+    """Options of sbatch for `--launcher slurm`, such as partition, time, gres, mem."""
+
+    @model_validator(mode="after")
+    def _something_is_run(self) -> Self:
+        if not self.base and not self.include:
+            raise ValueError("base: missing; name one or more presets, such as base = ['tiny']")
+        if not self.base and (self.grid or self.zip):
+            raise ValueError("grid: nothing of this sweep's own varies, it only includes others; vary one of those")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_are_rows(self) -> Self:
+        lengths = {key: len(values) for key, values in self.zip.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(
+                f"zip: lists of one length, found {', '.join(f'{k} with {n}' for k, n in lengths.items())}"
+            )
+        if self.names and len(self.names) != max(lengths.values(), default=0):
+            raise ValueError(f"names: {len(self.names)} names for {max(lengths.values(), default=0)} rows of zip")
+        for name in self.names:
+            if not NAME_PATTERN.fullmatch(name):
+                raise ValueError(f"names: {name!r} is not allowed: letters, digits, '.', '_' and '-'")
+        return self
+
+    @model_validator(mode="after")
+    def _each_key_varies_once(self) -> Self:
+        places = [("set", self.set), ("zip", self.zip), ("grid", self.grid)]
+        for (one, keys), (other, others) in itertools.combinations(places, 2):
+            for key, rival in itertools.product(keys, others):
+                if key == rival or key.startswith(f"{rival}.") or rival.startswith(f"{key}."):
+                    raise ValueError(f"{other}.{rival}: {key} has a value in {one} already; give it in one place")
+        for key in ("run.name", "run.seed"):
+            if key in self.set or key in self.zip or (key in self.grid and key == "run.name"):
+                raise ValueError(
+                    f"{key}: a sweep names its runs itself and takes its seeds from `seeds` or --grid run.seed=…"
+                )
+        if "run.seed" in self.grid and self.seeds != 1:
+            raise ValueError("grid.run.seed: the seeds are in `seeds` (--seeds) already; give one of the two")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One run of a sweep.
+
+    name: of its folder. values: axis → value, for people. command: what `clipctl train` is told, but for name and folder.
+    spec: resolved, without a name.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    command: tuple[str, ...]
+    spec: RunSpec
+
+    @property
+    def identity(self) -> str:
+        return identity(self.spec)
+
+
+def identity(spec: RunSpec) -> str:
+    """Sixteen hex digits of SHA-256 over the resolved spec, its seed included, without what changes no number: the run's
+    name and how it is saved."""
+    resolved = spec.model_dump(mode="json")
+    resolved.pop("checkpoint")
+    resolved["run"].pop("name")
+    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sweep_names() -> list[str]:
+    """Names of the sweeps that come with clipctl."""
+    return sorted(path.stem for path in (presets_folder() / "sweeps").glob("*.toml"))
+
+
+def sweep_text(name: str) -> str:
+    """The TOML text of a sweep that comes with clipctl."""
+    return (presets_folder() / "sweeps" / f"{name}.toml").read_text()
+
+
+def preset_sweep(name: str) -> dict[str, Any]:
+    """The layer of `--preset`: a sweep of that name, else a run preset to vary. Raises SpecError for an unknown name."""
+    sweeps, runs = sweep_names(), preset_names()
+    if name in sweeps:
+        return _over(tomllib.loads(sweep_text(name)))
+    if name in runs:
+        return {"base": [name]}
+    known = [*sweeps, *runs]
+    raise SpecError(f"--preset: no sweep or preset {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+
+
+def file_sweep(path: Path) -> dict[str, Any]:
+    """The layer of `--spec`: a sweep file, or a file of a run spec to vary. Raises SpecError where it is not readable."""
+    layer = read_toml(path)
+    return _over(layer) if layer.keys() & {"base", "include", "over"} else {"base": [_as_file(path)]}
+
+
+def _as_file(path: Path) -> str:
+    """A path that is not taken for a preset's name."""
+    text = str(path)
+    return text if text.endswith(".toml") or "/" in text else f"./{text}"
+
+
+def _over(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """The layer over the sweep that it is an overlay of, with dotted keys."""
+    flat = dict(layer)
+    for group in ("set", "grid", "zip"):
+        if isinstance(flat.get(group), dict):
+            flat[group] = dict(_leaves(flat[group]))
+    if "over" not in flat:
+        return flat
+    name = flat.pop("over")
+    if name not in sweep_names():
+        raise SpecError(
+            f"over: no sweep {name!r}{nearest(str(name), sweep_names())}; known: {', '.join(sweep_names())}"
+        )
+    below = _over(tomllib.loads(sweep_text(name)))
+    # The rows of a list belong together, and so do its names.
+    if "zip" in flat:
+        below = {key: value for key, value in below.items() if key not in ("zip", "names")}
+    return below | flat | {"set": {**below.get("set", {}), **flat.get("set", {})}}
+
+
+def resolve_sweep(
+    layer: Mapping[str, Any],
+    assignments: Mapping[str, Any] | None = None,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    zipped: Mapping[str, Sequence[Any]] | None = None,
+    seeds: int | None = None,
+) -> SweepSpec:
+    """The sweep of a layer and of what the command line says: --set over `set`, --grid and --zip over the lists of the same
+    keys, --seeds over `seeds`. Raises SpecError, in one line that names the key."""
+    merged = dict(layer)
+    merged["set"] = {**merged.get("set", {}), **(assignments or {})}
+    merged["grid"] = {**merged.get("grid", {}), **(grid or {})}
+    if zipped:
+        merged["zip"] = dict(zipped)
+        merged.pop("names", None)
+    if seeds is not None:
+        merged["seeds"] = seeds
+    return validate(SweepSpec, {key: value for key, value in merged.items() if value != {}})
+
+
+def parse_list(text: str, flag: str = "--grid") -> tuple[str, list[Any]]:
+    """`KEY=V1,V2`: the values are read as the list `[V1,V2]` of TOML, and where that is none, those that are no TOML as
+    plain strings."""
+    key, equals, values = text.partition("=")
+    if not equals or not re.fullmatch(r"\s*\w+(\.\w+)*\s*", key) or not values.strip():
+        raise SpecError(f"{flag}: {text!r} is not KEY=V1,V2, such as clip.low=0.1,0.2 or clip.high=0.2,inf")
+    whole = _toml_value(f"[{values}]")
+    found = whole if isinstance(whole, list) else [_word(part.strip()) for part in values.split(",")]
+    if len({json.dumps(value, default=str) for value in found}) < len(found) and flag == "--grid":
+        raise SpecError(f"{flag}: {text!r} has a value twice")
+    return key.strip(), found
+
+
+def _word(text: str) -> Any:
+    value = _toml_value(text)
+    return text if value is None else value
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}").get("value")
+    except tomllib.TOMLDecodeError:
+        return None
+
+
+def default_name(source: str, sweep: SweepSpec) -> str:
+    """Folder of a sweep without --name, the same for the same command: the sweep's own name, or the run preset's with the
+    keys that vary."""
+    if source in sweep_names():
+        return source
+    keys = [_short(key) for key in (*sweep.zip, *sweep.grid)]
+    return _clean("-".join([Path(source).stem, *(keys or ["seeds"])]))
+
+
+def expand(sweep: SweepSpec) -> list[Member]:
+    """All runs, each resolved spec once. Raises SpecError for a run that is impossible, with its name."""
+    members: dict[str, Member] = {}
+    names: dict[str, str] = {}
+    for member in _members(sweep):
+        if member.identity in members:
+            continue
+        if member.name in names:
+            raise SpecError(
+                f"sweep: two different runs would be named {member.name!r}; give `names` to the rows of zip"
+            )
+        members[member.identity] = member
+        names[member.name] = member.identity
+    return list(members.values())
+
+
+def _members(sweep: SweepSpec) -> Iterator[Member]:
+    for name in sweep.include:
+        if name not in sweep_names():
+            raise SpecError(f"include: no sweep {name!r}{nearest(name, sweep_names())}")
+        included = resolve_sweep(preset_sweep(name), sweep.set)
+        yield from _members(included.model_copy(update={"seeds": sweep.seeds} if sweep.seeds != 1 else {}))
+    layers = {base: _base_layer(base) for base in sweep.base}
+    rows: list[tuple[str | None, dict[str, Any]]] = [
+        (sweep.names[at] if sweep.names else None, {key: values[at] for key, values in sweep.zip.items()})
+        for at in range(len(next(iter(sweep.zip.values()), ())))
+    ] or [(None, {})]
+    combinations = [dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
+    arms = [
+        _arm(base, len(layers) > 1, name, row, combination)
+        for base, (name, row), combination in itertools.product(sweep.base, rows, combinations)
+    ]
+    for at in range(sweep.seeds) if isinstance(sweep.seeds, int) else sweep.seeds:
+        for base, label, axes in arms:
+            yield _member(sweep, base, layers[base], label, axes, at)
+
+
+def _arm(
+    base: str, several: bool, name: str | None, row: Mapping[str, Any], combination: Mapping[str, Any]
+) -> tuple[str, str, dict[str, Any]]:
+    """Base, label and values of an arm. several: whether there are other bases."""
+    parts = [Path(base).stem] if several else []
+    parts += [name] if name else [_short(key) + _text(value) for key, value in row.items()]
+    parts += [_short(key) + _text(value) for key, value in combination.items() if key != "run.seed"]
+    return base, _clean("-".join(parts or [Path(base).stem])), {**row, **combination}
+
+
+def _member(
+    sweep: SweepSpec, base: str, layer: Mapping[str, Any], label: str, axes: Mapping[str, Any], at: int
+) -> Member:
+    first = layer.get("run", {}).get("seed", 0)
+    seed = axes.get("run.seed", first + at if isinstance(sweep.seeds, int) else at)
+    assigned = dict(_leaves({**sweep.set, **axes, "run.seed": seed}))
+    name = f"{label}-{seed}"
+    try:
+        spec = resolve_spec(layer, nest(assigned))
+    except SpecError as error:
+        raise SpecError(f"{name}: {error}") from None
+    source = ("--spec", base) if _is_file(base) else ("--preset", base)
+    sets = [part for key, value in assigned.items() for part in ("--set", f"{key}={toml_text(value)}")]
+    shown = {"base": Path(base).stem, **{key: value for key, value in axes.items() if key != "run.seed"}, "seed": seed}
+    return Member(name, shown, ("train", *source, *sets), spec)
+
+
+def _base_layer(base: str) -> dict[str, Any]:
+    return read_toml(Path(base)) if _is_file(base) else preset_layer(base)
+
+
+def _is_file(base: str) -> bool:
+    return base.endswith(".toml") or "/" in base
+
+
+def _leaves(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def toml_text(value: Any) -> str:
+    """A value as TOML, as `--set` reads it back."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(toml_text, value))}]"
+    return repr(value)
+
+
+def _short(key: str) -> str:
+    return key.rsplit(".", 1)[-1].replace("_", "")
+
+
+def _text(value: Any) -> str:
+    """A value in a folder's name."""
+    if isinstance(value, Mapping):
+        return "-".join(_text(part) for part in value.values())
+    if isinstance(value, (list, tuple)):
+        return "-".join(map(_text, value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).lower() if isinstance(value, bool) else str(value).rstrip("/").rsplit("/", 1)[-1]
+
+
+def _clean(name: str) -> str:
+    """The name with what a folder's name must not have left out, and short enough for a seed behind it."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip("._-")[:80] or "sweep"
