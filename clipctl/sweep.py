@@ -123,6 +123,8 @@ def table_lines(placed: Sequence[Placed]) -> list[str]:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return " ".join(map(_shown, value.values()))
     return value if isinstance(value, str) else toml_text(value)
 
 

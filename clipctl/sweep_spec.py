@@ -238,7 +238,7 @@ def default_name(source: str, sweep: SweepSpec) -> str:
     if source in sweep_names():
         return source
     keys = [_short(key) for key in (*sweep.zip, *sweep.grid)]
-    return _clean("-".join([Path(source).stem, *(keys or ["seeds"])]))
+    return _clean("-".join([_base_name(source), *(keys or ["seeds"])]))
 
 
 def expand(sweep: SweepSpec) -> list[Member]:
@@ -281,11 +281,11 @@ def _members(sweep: SweepSpec) -> Iterator[Member]:
 def _arm(
     base: str, several: bool, name: str | None, row: Mapping[str, Any], combination: Mapping[str, Any]
 ) -> tuple[str, str, dict[str, Any]]:
-    """Base, label and values of an arm. several: whether there are other bases."""
-    parts = [Path(base).stem] if several else []
+    """Base, label and assigned values of an arm. several: whether there are other bases."""
+    parts = [_base_name(base)] if several else []
     parts += [name] if name else [_short(key) + _text(value) for key, value in row.items()]
     parts += [_short(key) + _text(value) for key, value in combination.items() if key != "run.seed"]
-    return base, _clean("-".join(parts or [Path(base).stem])), {**row, **combination}
+    return base, _clean("-".join(parts or [_base_name(base)])), {**row, **combination}
 
 
 def _member(
@@ -301,12 +301,16 @@ def _member(
         raise SpecError(f"{name}: {error}") from None
     source = ("--spec", base) if _is_file(base) else ("--preset", base)
     sets = [part for key, value in assigned.items() for part in ("--set", f"{key}={toml_text(value)}")]
-    shown = {"base": Path(base).stem, **{key: value for key, value in axes.items() if key != "run.seed"}, "seed": seed}
+    shown = {"base": _base_name(base), **{key: value for key, value in axes.items() if key != "run.seed"}, "seed": seed}
     return Member(name, shown, ("train", *source, *sets), spec)
 
 
 def _base_layer(base: str) -> dict[str, Any]:
     return read_toml(Path(base)) if _is_file(base) else preset_layer(base)
+
+
+def _base_name(base: str) -> str:
+    return base.rstrip("/").rsplit("/", 1)[-1].removesuffix(".toml")
 
 
 def _is_file(base: str) -> bool:

@@ -44,7 +44,7 @@ def test_every_module_is_in_the_table_of_files() -> None:
             assert module.name in files, module.name
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "analyze", "theory", "export", "doctor"])
+@pytest.mark.parametrize("command", ["train", "eval", "sweep", "analyze", "theory", "export", "doctor"])
 def test_every_option_is_named(command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "clipctl", command, "--help"], capture_output=True, text=True, check=True
@@ -59,7 +59,8 @@ def test_user_documents_do_not_name_the_developers_folders() -> None:
 
 
 ANALYSES = [
-    line.split("    #")[0].strip() for line in re.findall(r"^    (clipctl analyze runs/.*)", README, re.MULTILINE)
+    line.split("    #")[0].strip()
+    for line in re.findall(r"^    (clipctl analyze runs/(?!arms).*)", README, re.MULTILINE)
 ]
 
 
@@ -94,6 +95,7 @@ NOT_RUN = {
 """Lines of README's blocks that no test runs, and why."""
 SHORTER = {
     "clipctl train --preset tiny": " --steps 1",
+    "clipctl sweep --preset tiny --grid": " --dry-run",
     "clipctl eval": " --limit 8 -k 2",
     "clipctl theory": " --steps 8",
 }

@@ -1,0 +1,416 @@
+"""Sweeps as a user starts them: what is missing is run and no more, whatever is killed, by however many launches."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from clipctl import load_spec, open_runs
+from clipctl.errors import SpecError
+from clipctl.spec import spec_json
+from clipctl.sweep import Slot, machine_gpus, share_machine, slots, table_lines, views_lines
+from clipctl.sweep_folder import CLAIM, open_claim, place_members, planning, record_sweep
+from clipctl.sweep_spec import Member, expand, preset_sweep, resolve_sweep
+from clipctl.train import train
+from runs import assert_same
+
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+TINY = {"run.steps": 2, "rollout.prompts": 4, "rollout.group_size": 4, "rollout.max_response_tokens": 8,
+        "data.arith.problems": 64, "optim.responses_per_update": 8, "optim.lr": 1e-3, "ledger.probe_states": 0,
+        "ledger.network_every": 0}  # fmt: skip
+"""A run of a second."""
+LONGER = TINY | {"run.steps": 8, "rollout.prompts": 8, "optim.epochs": 3}
+GRID = ("--grid", "clip.low=0.1,0.2", "--grid", "clip.high=0.1,inf")
+
+
+def started(folder: Path, spec: dict[str, Any], *arguments: str, preset: str = "tiny") -> "subprocess.Popen[str]":
+    sets = [word for key, value in spec.items() for word in ("--set", f"{key}={value}")]
+    return subprocess.Popen(
+        [sys.executable, "-m", "clipctl", "sweep", "--preset", preset, "--name", "s", *sets, *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=folder,
+    )  # fmt: skip
+
+
+def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    """Exit code and stderr."""
+    _, errors = process.communicate(timeout=300)
+    assert "Traceback" not in errors, errors
+    return process.returncode, errors
+
+
+def swept(folder: Path, spec: dict[str, Any], *arguments: str, **options: Any) -> str:
+    code, errors = ended(started(folder, spec, *arguments, **options))
+    assert code == 0, errors
+    return errors
+
+
+def states(folder: Path) -> dict[str, tuple[str, int]]:
+    """Run → its state and attempts."""
+    found = {}
+    for file in sorted(folder.glob("*/status.json")):
+        status = json.loads(file.read_text())
+        found[file.parent.name] = (status["state"], status["attempt"])
+    return found
+
+
+def rows(folder: Path, query: str) -> list[tuple[Any, ...]]:
+    with open_runs(folder) as runs:
+        return list(runs.sql(query).fetchall())
+
+
+def wait_until(done: Any, seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < until, "it never comes"
+        time.sleep(0.05)
+
+
+def members_of(folder: Path) -> list[psutil.Process]:
+    """Every process that has to do with the sweeps of this folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.cwd() == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+# --- shares of the machine --------------------------------------------------------------------------------------------
+
+
+def test_cores_and_gpus_are_divided() -> None:
+    assert slots(1, [0, 1, 2], None) == [Slot()]
+    assert slots(2, [0, 1, 2, 3, 6], None) == [Slot((0, 1)), Slot((2, 3))]
+    assert slots(3, [4, 5], None) == [Slot((4,)), Slot((5,)), Slot((4,))]
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots(2, [0, 1], ["0", "1", "2", "3"])] == [
+        "0,1",
+        "2,3",
+    ]
+    assert [slot.gpus for slot in slots(4, [0], ["GPU-a", "GPU-b"])] == [("GPU-a",), ("GPU-b",), ("GPU-a",), ("GPU-b",)]
+
+
+def test_gpus_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine_gpus({"CUDA_VISIBLE_DEVICES": "2, 5"}) == ["2", "5"]
+    with pytest.raises(SpecError, match="no GPU was found"):
+        machine_gpus({"CUDA_VISIBLE_DEVICES": ""})
+
+
+def test_more_threads_than_cores_are_told_and_not_lowered() -> None:
+    members = expand(resolve_sweep(preset_sweep("tiny"), {"engine.threads": 1000}, seeds=4))
+    _, warnings = share_machine(members, 2)
+    assert warnings[0].startswith("engine.threads = 1000, and each of 2 runs at once has ")
+    assert {member.spec.engine.threads for member in members} == {1000}
+    assert len(share_machine(members[:1], 5)[0]) == 1
+
+
+# --- where runs lie ---------------------------------------------------------------------------------------------------
+
+
+def a_run(folder: Path, member: Member, state: str, rollouts: int) -> None:
+    """A run's folder as the store has it, without its numbers."""
+    folder.mkdir(parents=True)
+    (folder / "journal").mkdir()
+    (folder / "spec.json").write_text(spec_json(member.spec))
+    now = "2026-01-01T00:00:00+00:00"
+    (folder / "status.json").write_text(json.dumps({
+        "state": state, "rollouts": rollouts, "attempt": 0, "created_at": now, "finished_at": now, "heartbeat": now,
+        "resumes": [], "message": "why", "schema_version": 1, "pid": 1, "host": "elsewhere",
+    }))  # fmt: skip
+
+
+def test_what_is_left_to_do_is_read_from_status_files(tmp_path: Path) -> None:
+    members = expand(resolve_sweep(preset_sweep("tiny"), seeds=7))
+    for member, state, done in zip(members[1:], ("finished", "interrupted", "running", "diverged", "stopped", "finished"),
+                                   (40, 7, 3, 2, 5, 39), strict=True):  # fmt: skip
+        a_run(tmp_path / "s" / member.name, member, state, done)
+    placed = place_members(tmp_path, "s", members)
+    assert [place.outlook for place in placed] == [
+        "missing", "finished", "unfinished", "unfinished", "failed", "stopped", "unfinished",
+    ]  # fmt: skip
+    lines = table_lines(placed)
+    assert lines[0].split() == ["run", "seed", "rollouts", "to", "do"]
+    assert [line.split()[2] for line in lines[1:]] == ["0/40", "40/40", "7/40", "3/40", "2/40", "5/40", "39/40"]
+    assert [line.split(maxsplit=3)[3] for line in lines[1:]] == [
+        "run it", "nothing: finished", "go on", "go on", "nothing without --retry-failed: failed",
+        "nothing: stopped by an alarm", "go on",
+    ]  # fmt: skip
+
+
+def test_another_spec_under_a_sweeps_name_is_refused_with_its_difference(tmp_path: Path) -> None:
+    a_run(tmp_path / "s" / "tiny-0", expand(resolve_sweep(preset_sweep("tiny")))[0], "finished", 40)
+    longer = expand(resolve_sweep(preset_sweep("tiny"), {"run.steps": 50, "eval.k": 4}))
+    assert place_members(tmp_path, "s", longer)[0].outlook == "unfinished"
+    other = expand(resolve_sweep(preset_sweep("tiny"), {"optim.lr": 2e-4}))
+    with pytest.raises(SpecError, match=r"s/tiny-0 was begun with another spec: optim.lr = 0.0001, now 0.0002; only"):
+        place_members(tmp_path, "s", other)
+
+
+def test_a_run_that_is_there_is_referred_to(tmp_path: Path) -> None:
+    """That of another sweep, begun or only planned, and a finished one of `clipctl train`; never one that failed there."""
+    members = expand(resolve_sweep(preset_sweep("tiny"), seeds=4))
+    sweep = resolve_sweep(preset_sweep("tiny"), seeds=2)
+    with planning(tmp_path):
+        record_sweep(tmp_path, "first", sweep, place_members(tmp_path, "first", members[:2]))
+    a_run(tmp_path / "first" / "tiny-1", members[1], "interrupted", 9)
+    a_run(tmp_path / "by-hand", members[2], "finished", 40)
+    a_run(tmp_path / "by-hand-too", members[3], "failed", 4)
+    with planning(tmp_path):
+        placed = place_members(tmp_path, "s", members)
+        folder = record_sweep(tmp_path, "s", sweep, placed)
+    lie = [
+        tmp_path / "first" / "tiny-0",
+        tmp_path / "first" / "tiny-1",
+        tmp_path / "by-hand",
+        tmp_path / "s" / "tiny-3",
+    ]
+    assert [place.folder for place in placed] == lie
+    assert [place.outlook for place in placed] == ["missing", "unfinished", "finished", "missing"]
+    assert [os.readlink(folder / f"tiny-{seed}") for seed in range(3)] == [
+        "../first/tiny-0",
+        "../first/tiny-1",
+        "../by-hand",
+    ]
+    assert placed[2].command[-4:] == ("--name", "by-hand", "--runs-dir", str(tmp_path))
+    # A run that has become another one since is not: the sweep gets one of its own, in place of the link.
+    (tmp_path / "by-hand" / "spec.json").write_text(spec_json(load_spec("tiny", {"run.seed": 2, "run.steps": 90})))
+    with planning(tmp_path):
+        placed = place_members(tmp_path, "s", members)
+        record_sweep(tmp_path, "s", sweep, placed)
+    assert placed[2].folder == tmp_path / "s" / "tiny-2"
+    assert not (folder / "tiny-2").is_symlink()
+    assert rows_of_record(folder) == {
+        "tiny-0": "../first/tiny-0",
+        "tiny-1": "../first/tiny-1",
+        "tiny-2": "tiny-2",
+        "tiny-3": "tiny-3",
+    }
+
+
+def rows_of_record(folder: Path) -> dict[str, str]:
+    return {run["name"]: run["folder"] for run in json.loads((folder / "sweep.json").read_text())["runs"]}
+
+
+def test_other_names_within_a_sweep_are_the_same_runs(tmp_path: Path) -> None:
+    """A key more, whose first value is the default: what was run before is not run again."""
+    one = resolve_sweep(preset_sweep("tiny"), grid={"clip.low": [0.1, 0.2]})
+    for member in expand(one):
+        a_run(tmp_path / "s" / member.name, member, "finished", 40)
+    more = expand(resolve_sweep(preset_sweep("tiny"), grid={"clip.low": [0.1, 0.2], "clip.high": [0.1, 0.3]}))
+    with planning(tmp_path):
+        placed = place_members(tmp_path, "s", more)
+        record_sweep(tmp_path, "s", one, placed)
+    assert [place.folder.name for place in placed] == ["low0.1-0", "low0.1-high0.3-0", "low0.2-0", "low0.2-high0.3-0"]
+    assert not [entry for entry in (tmp_path / "s").iterdir() if entry.is_symlink()]
+
+
+def test_a_run_is_claimed_by_one(tmp_path: Path) -> None:
+    claim = open_claim(tmp_path / "run")
+    assert claim is not None
+    assert open_claim(tmp_path / "run") is None
+    claim.close()
+    again = open_claim(tmp_path / "run")
+    assert again is not None
+    again.close()
+    assert (tmp_path / "run" / CLAIM).exists()
+    # One that a process outside of any sweep runs is not to be had either.
+    with (tmp_path / "run" / ".lock").open("a") as lock:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert open_claim(tmp_path / "run") is None
+
+
+def test_the_commands_that_draw_it() -> None:
+    sweep = resolve_sweep(preset_sweep("fig6"))
+    assert views_lines(sweep, Path("runs/fig6")) == [
+        "clipctl analyze runs/fig6 --view passk --by model.path --by clip.low --by clip.high --plot fig6.png",
+        "clipctl analyze runs/fig6 --view frontier --by model.path --by clip.low --by clip.high --plot fig6-frontier.png",
+    ]
+    assert views_lines(resolve_sweep(preset_sweep("fig1")), Path("runs/fig1")) == [
+        "clipctl analyze runs/fig1 --view ledger --by model.path --rollouts --plot fig1.png"
+    ]
+
+
+def test_dry_runs_start_nothing(tmp_path: Path) -> None:
+    process = started(tmp_path, {}, "--dry-run", preset="fig7")
+    table, _ = process.communicate()
+    assert process.returncode == 0
+    assert table.count("run it") == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- whole sweeps -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_what_is_missing_and_no_more(tmp_path: Path) -> None:
+    errors = swept(tmp_path, TINY, *GRID, "--jobs", "2")
+    folder = tmp_path / "runs" / "s"
+    assert set(states(folder).values()) == {("finished", 0)}
+    assert len(states(folder)) == 4
+    assert errors.count(": starts") == errors.count(": finished, 2 rollouts, ") == 4
+    # A member is the run that `clipctl train` makes.
+    alone = train(load_spec("tiny", TINY | {"run.name": "alone", "clip.high": float("inf")}), runs_dir=tmp_path)
+    assert_same(folder / "low0.1-highinf-0", alone, 2)
+    # A value more, and a longer run.
+    more = swept(
+        tmp_path,
+        TINY | {"run.steps": 3},
+        "--grid",
+        "clip.low=0.1,0.2,0.3",
+        "--grid",
+        "clip.high=0.1,inf",
+        "--jobs",
+        "3",
+    )
+    assert more.count(": starts") == 2
+    assert more.count(": goes on from rollout 2") == 4
+    assert "starts" not in swept(tmp_path, TINY | {"run.steps": 3}, *GRID)
+    counts = rows(folder, "select run_id, count(*) from rollouts group by 1")
+    assert [count for _, count in counts] == [3] * 6
+
+
+@pytest.mark.slow
+def test_random_streams_are_paired_across_arms(tmp_path: Path) -> None:
+    """The same prompts and random rewards in every rollout, and, while the policies are one, the same samples."""
+    swept(tmp_path, TINY | {"optim.epochs": 4}, *GRID, "--seeds", "2", "--jobs", "2", preset="tiny-random")
+    folder = tmp_path / "runs" / "s"
+    seen: dict[int, set[str]] = {}
+    for run_id, seed in rows(folder, "select run_id, seed from runs"):
+        drawn = rows(
+            folder,
+            f"select rollout, position, sample, prompt_id, reward from samples where run_id = '{run_id}' order by all",
+        )
+        texts = rows(
+            folder, f"select position, sample, text from texts where run_id = '{run_id}' and rollout = 0 order by all"
+        )
+        seen.setdefault(seed, set()).add(json.dumps([drawn, texts]))
+    assert [len(arms) for arms in seen.values()] == [1, 1]
+    assert seen[0] != seen[1]
+    (ends,) = rows(folder, "select count(distinct entropy) from rollouts where rollout = 1")
+    assert ends[0] > 2, "the arms do differ"
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_costs_itself_alone(tmp_path: Path) -> None:
+    grid = ("--grid", "optim.lr=1e-3,1e38", "--seeds", "2")
+    code, errors = ended(started(tmp_path, _without_lr(), *grid))
+    assert code == 9, errors
+    folder = tmp_path / "runs" / "s"
+    assert [state for state, _ in states(folder).values()] == ["finished", "finished", "diverged", "diverged"]
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith(
+        "clipctl: 2 of 4 runs failed: lr1e+38-0, lr1e+38-1; see runs/s/logs; --retry-failed runs them again"
+    )
+    assert "lr1e+38-0: failed (exit code 5): " in errors
+    # The same command again has nothing to do and says so.
+    code, errors = ended(started(tmp_path, _without_lr(), *grid))
+    assert (code, errors.count(": failed before: "), "starts" in errors) == (9, 2, False)
+    code, errors = ended(started(tmp_path, _without_lr(), *grid, "--retry-failed"))
+    assert (code, errors.count("failed (exit code 5)")) == (9, 2)
+
+
+def _without_lr() -> dict[str, Any]:
+    return {key: value for key, value in TINY.items() if key != "optim.lr"}
+
+
+@pytest.mark.slow
+def test_sweeps_share_runs(tmp_path: Path) -> None:
+    swept(tmp_path, TINY, "--grid", "clip.low=0.1,0.2")
+    process = started(tmp_path, TINY, "--grid", "clip.low=0.2,0.3", "--name", "other")
+    code, errors = ended(process)
+    assert code == 0
+    assert errors.count(": starts") == 1
+    assert "nothing: finished, as runs/s/low0.2-0" in errors
+    assert rows(tmp_path / "runs" / "other", "select run_id from runs order by all") == [("low0.2-0",), ("low0.3-0",)]
+    assert len(rows(tmp_path / "runs", "select run_id from runs")) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_lets_every_run_save(tmp_path: Path, number: int, code: int) -> None:
+    process = started(tmp_path, LONGER | {"run.steps": 40}, *GRID, "--jobs", "2")
+    folder = tmp_path / "runs" / "s"
+    wait_until(lambda: sum(1 for _ in folder.glob("*/journal/rollouts-*")) > 2)
+    process.send_signal(number)
+    returned, errors = ended(process)
+    assert returned == code, errors
+    assert members_of(tmp_path) == []
+    assert [state for state, _ in states(folder).values()] == ["interrupted", "interrupted"]
+    assert errors.count(": interrupted: stopped by ") == 2
+    assert errors.splitlines()[-1].endswith("2 of 4 runs ended, 0 running, 2 waiting; the same command goes on")
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_leaves_no_process(tmp_path: Path) -> None:
+    process = started(tmp_path, LONGER | {"run.steps": 400, "reward.kind": "math"}, *GRID, "--jobs", "2")
+    folder = tmp_path / "runs" / "s"
+    wait_until(lambda: any(folder.glob("*/journal/rollouts-*")))
+    assert len(members_of(tmp_path)) >= 4
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not members_of(tmp_path), 10)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    swept(folder, LONGER, *GRID, "--seeds", "3", "--jobs", "2")
+    return folder / "runs" / "s"
+
+
+@pytest.mark.slow
+def test_twelve_runs_under_random_kills(tmp_path: Path, undisturbed: Path) -> None:
+    """Every few seconds a process of the sweep is killed: itself, its server, or one of its runs."""
+    rng, kills, launches = random.Random(time.time_ns()), 0, 0
+    while launches < 200:
+        launches += 1
+        process = started(tmp_path, LONGER, *GRID, "--seeds", "3", "--jobs", "2")
+        while process.poll() is None:
+            # The times grow, or a busy machine would never get anywhere.
+            until = time.monotonic() + rng.uniform(1.0, 5.0) * 1.1**kills
+            while process.poll() is None and time.monotonic() < until:
+                time.sleep(0.1)
+            alive = members_of(tmp_path)
+            if process.poll() is None and alive and kills < 25:
+                rng.choice(alive).kill()
+                kills += 1
+        if ended(process)[0] == 0:
+            break
+        assert process.returncode in (9, -signal.SIGKILL)
+    print(f"\n{kills} kills, {launches} launches")
+    assert kills >= 3
+    assert members_of(tmp_path) == []
+    folder = tmp_path / "runs" / "s"
+    assert {state for state, _ in states(folder).values()} == {"finished"}
+    assert states(folder).keys() == states(undisturbed).keys()
+    assert len(states(folder)) == 12
+    for name in states(folder):
+        assert_same(folder / name, undisturbed / name, 8)
+
+
+@pytest.mark.slow
+def test_two_launches_at_once_run_each_run_once(tmp_path: Path, undisturbed: Path) -> None:
+    launches = [started(tmp_path, LONGER, *GRID, "--seeds", "3", "--jobs", "2") for _ in range(2)]
+    results = [ended(launch) for launch in launches]
+    assert [code for code, _ in results] == [0, 0], results
+    folder = tmp_path / "runs" / "s"
+    # Each was begun once, by one of the two, and never a second time.
+    assert set(states(folder).values()) == {("finished", 0)}
+    begun = [
+        sorted(line.split(":")[0] for line in errors.splitlines() if line.endswith(": starts")) for _, errors in results
+    ]
+    assert sorted(begun[0] + begun[1]) == sorted(states(undisturbed))
+    assert all(begun), "both did some of the work"
+    for name in states(folder):
+        assert_same(folder / name, undisturbed / name, 8)

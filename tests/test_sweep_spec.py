@@ -1,0 +1,228 @@
+"""What a sweep expands to: tables by hand, what the command line of a member means, and what is refused."""
+
+import math
+import shlex
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipctl.errors import SpecError
+from clipctl.spec import load_spec, nest, parse_assignment, preset_layer, preset_names, resolve_spec
+from clipctl.sweep_spec import (
+    Member,
+    default_name,
+    expand,
+    file_sweep,
+    identity,
+    parse_list,
+    preset_sweep,
+    resolve_sweep,
+    sweep_names,
+    sweep_text,
+    toml_text,
+)
+
+
+def table(members: list[Member], *keys: str) -> list[tuple[Any, ...]]:
+    return [(member.name, *(member.values.get(key) for key in keys)) for member in members]
+
+
+def swept(layer: dict[str, Any], **options: Any) -> list[Member]:
+    return expand(resolve_sweep(layer, **options))
+
+
+def test_a_grid_is_every_combination_and_seeds_come_last() -> None:
+    grid = dict([parse_list("clip.low=0.1,0.15"), parse_list("clip.high=0.2,inf")])
+    assert table(swept({"base": ["tiny"]}, grid=grid, seeds=2), "clip.low", "clip.high", "seed") == [
+        ("low0.1-high0.2-0", 0.1, 0.2, 0),
+        ("low0.1-highinf-0", 0.1, math.inf, 0),
+        ("low0.15-high0.2-0", 0.15, 0.2, 0),
+        ("low0.15-highinf-0", 0.15, math.inf, 0),
+        ("low0.1-high0.2-1", 0.1, 0.2, 1),
+        ("low0.1-highinf-1", 0.1, math.inf, 1),
+        ("low0.15-high0.2-1", 0.15, 0.2, 1),
+        ("low0.15-highinf-1", 0.15, math.inf, 1),
+    ]
+
+
+def test_zipped_lists_go_side_by_side_within_a_grid_and_over_bases() -> None:
+    members = swept(
+        {
+            "base": ["tiny", "tiny-random"],
+            "zip": {"clip.low": [0.1, 1.0], "clip.high": [math.inf, 0.1]},
+            "names": ["no-high", "no-low"],
+            "grid": {"optim.lr": [1e-4]},
+            "seeds": [7],
+        }
+    )
+    assert table(members, "base", "clip.low", "clip.high", "optim.lr") == [
+        ("tiny-no-high-lr0.0001-7", "tiny", 0.1, math.inf, 1e-4),
+        ("tiny-no-low-lr0.0001-7", "tiny", 1.0, 0.1, 1e-4),
+        ("tiny-random-no-high-lr0.0001-7", "tiny-random", 0.1, math.inf, 1e-4),
+        ("tiny-random-no-low-lr0.0001-7", "tiny-random", 1.0, 0.1, 1e-4),
+    ]
+    assert [member.spec.reward.kind for member in members] == ["gsm8k", "gsm8k", "bernoulli", "bernoulli"]
+    assert {member.spec.run.seed for member in members} == {7}
+
+
+def test_seeds_begin_at_the_bases_and_may_be_a_grid() -> None:
+    layer = {"base": ["tiny"], "set": {"optim.lr": 2e-4}}
+    assert [m.spec.run.seed for m in swept(layer, seeds=3)] == [0, 1, 2]
+    assert table(swept(layer, grid={"run.seed": [11, 5]}), "seed") == [("tiny-11", 11), ("tiny-5", 5)]
+    with pytest.raises(SpecError, match="seeds are in `seeds`"):
+        swept(layer, grid={"run.seed": [11, 5]}, seeds=2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    low=st.lists(st.sampled_from([0.05, 0.1, 0.2, 1.0]), min_size=1, max_size=3, unique=True),
+    high=st.lists(st.sampled_from([0.1, 0.3, math.inf]), min_size=1, max_size=3, unique=True),
+    seeds=st.integers(1, 3),
+)
+def test_every_combination_once_whatever_the_grid(low: list[float], high: list[float], seeds: int) -> None:
+    members = swept({"base": ["tiny"]}, grid={"clip.low": low, "clip.high": high}, seeds=seeds)
+    found = [(m.spec.clip.low, m.spec.clip.high, m.spec.run.seed) for m in members]
+    assert len(found) == len(set(found))
+    assert set(found) == set(product(low, high, range(seeds)))
+    assert len({m.name for m in members}) == len({m.identity for m in members}) == len(members)
+
+
+@pytest.mark.parametrize("name", sweep_names())
+def test_every_sweep_loads_and_its_commands_mean_what_it_says(name: str) -> None:
+    """A member's command, read as the command line reads it, is its spec."""
+    sweep = resolve_sweep(preset_sweep(name))
+    members = expand(sweep)
+    assert sweep_text(name).startswith("# Fig. ")
+    assert sweep.views
+    assert default_name(name, sweep) == name
+    for member in members:
+        words = shlex.split(shlex.join(member.command))
+        assert words[:2] == ["train", "--preset"]
+        sets = [words[at + 1] for at, word in enumerate(words) if word == "--set"]
+        assert resolve_spec(preset_layer(words[2]), nest(dict(map(parse_assignment, sets)))) == member.spec
+
+
+@pytest.mark.parametrize(
+    "value", [0.1, 1e-5, math.inf, 3, True, 'a "quoted" \'é\n\t\x7f', "inf", [1, 2.5], ["a", "b"], (0.9, 0.95)]
+)
+def test_values_as_toml(value: Any) -> None:
+    read = parse_assignment(f"run.x={toml_text(value)}")[1]
+    assert read == (list(value) if isinstance(value, tuple) else value)
+    assert type(read) is type(value) or isinstance(value, tuple)
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("clip.high=0.2,inf", [0.2, math.inf]),
+        ("clip.high=inf", [math.inf]),
+        ("reward.kind=bernoulli,normal", ["bernoulli", "normal"]),
+        ("model.path=a/b,'c,d'", ["a/b", "'c", "d'"]),
+        ("model.path='a,b','c'", ["a,b", "c"]),
+        ("optim.betas=[0.9,0.95],[0.5,0.9]", [[0.9, 0.95], [0.5, 0.9]]),
+        ("rollout.dynamic_sampling=true,false", [True, False]),
+        ("run.seed=1,x", [1, "x"]),
+    ],
+)
+def test_lists_of_the_command_line(text: str, values: list[Any]) -> None:
+    assert parse_list(text)[1] == values
+
+
+def test_identity_is_the_resolved_spec_without_name_and_checkpoints() -> None:
+    one = load_spec("tiny", {"run.name": "a", "checkpoint.keep": 5})
+    assert identity(one) == identity(load_spec("tiny", {"run.name": "b"}))
+    # The same values from another preset and other keys are the same run.
+    assert identity(load_spec("tiny", {"reward.kind": "bernoulli"})) == identity(load_spec("tiny-random"))
+    for key, value in {
+        "run.seed": 1,
+        "run.steps": 41,
+        "eval.k": 4,
+        "clip.high": math.inf,
+        "store.texts": False,
+    }.items():
+        assert identity(load_spec("tiny", {key: value})) != identity(one), key
+
+
+def test_a_spec_that_comes_twice_is_one_run() -> None:
+    members = swept({"base": ["tiny"], "zip": {"clip.low": [0.1, 0.2], "clip.high": [0.1, 0.1]}, "names": ["a", "b"]})
+    assert [member.name for member in members] == ["a-0", "b-0"]
+    twice = swept({"base": ["tiny"], "zip": {"clip.low": [0.1, 0.1], "clip.high": [0.1, 0.1]}, "names": ["a", "b"]})
+    assert [member.name for member in twice] == ["a-0"]
+
+
+def test_figures_share_runs() -> None:
+    runs = {name: {member.identity for member in swept(preset_sweep(name))} for name in sweep_names()}
+    assert runs["fig1"] == runs["fig2"]
+    assert runs["fig1-small"] == runs["fig2-small"]
+    assert len(runs["fig1-small"] & runs["fig3-small"] & runs["fig4-left-small"] & runs["fig4-right-small"]) == 5
+    assert runs["fig7"] == runs["fig10"] > runs["fig9"]
+    assert runs["fig6-small"] < runs["fig5-small"]
+    assert runs["fig4"] == runs["fig4-left"] | runs["fig4-right"]
+    assert len(runs["fig4"]) == 6
+
+
+def test_small_sweeps_are_overlays_on_seeds_of_their_own() -> None:
+    small = [name for name in sweep_names() if name.endswith("-small")]
+    assert {f"fig{figure}-small" for figure in ("1", "2", "3", "4-left", "4-right", "5", "6")} <= set(small)
+    for name in small:
+        assert f'over = "{name.removesuffix("-small")}"' in sweep_text(name)
+        assert resolve_sweep(preset_sweep(name)).views == resolve_sweep(preset_sweep(name.removesuffix("-small"))).views
+        assert {member.spec.run.seed for member in swept(preset_sweep(name))} == {300, 301, 302, 303, 304}
+        assert all(member.spec.engine.device == "cpu" for member in swept(preset_sweep(name)))
+
+
+def test_a_sweep_file_and_a_run_spec_are_told_apart(tmp_path: Path) -> None:
+    sweep = tmp_path / "mine.toml"
+    sweep.write_text('base = ["tiny"]\nseeds = 2\n[set]\noptim.lr = 2e-4\n[grid]\nclip.low = [0.1, 0.2]\n')
+    members = swept(file_sweep(sweep))
+    assert [member.name for member in members] == ["low0.1-0", "low0.2-0", "low0.1-1", "low0.2-1"]
+    assert {member.spec.optim.lr for member in members} == {2e-4}
+    run = tmp_path / "run.toml"
+    run.write_text('[model]\npath = "tiny"\n[optim]\nresponses_per_update = 64\n[run]\nseed = 3\n')
+    (member,) = swept(file_sweep(run))
+    assert (member.name, member.command[:3]) == ("run-3", ("train", "--spec", str(run)))
+    assert default_name(str(run), resolve_sweep(file_sweep(run))) == "run-seeds"
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        ({"base": []}, "base: missing"),
+        ({"base": ["tinny"]}, "did you mean tiny"),
+        ({"base": ["tiny"], "seed": 3}, r"seed: unknown key \(did you mean seeds\?\)"),
+        ({"base": ["tiny"], "grid": {"clip.lo": [1.0]}}, r"lo1-0: clip\.lo: unknown key \(did you mean clip\.low\?\)"),
+        ({"base": ["tiny"], "grid": {"clip.low": [3.0]}}, r"low3-0: clip\.low: input should be less than"),
+        ({"base": ["tiny"], "grid": {"clip.low": []}}, r"grid\.clip\.low: .*at least 1"),
+        ({"base": ["tiny"], "zip": {"clip.low": [0.1, 0.2], "clip.high": [0.1]}}, "zip: lists of one length, found clip"),
+        ({"base": ["tiny"], "zip": {"clip.low": [0.1]}, "names": ["a", "b"]}, "2 names for 1 rows"),
+        ({"base": ["tiny"], "zip": {"clip.low": [0.1]}, "names": ["../a"]}, "is not allowed"),
+        ({"base": ["tiny"], "set": {"clip.low": 0.1}, "grid": {"clip.low": [0.2]}}, "clip.low has a value in set already"),
+        ({"base": ["tiny"], "zip": {"reward": [{"kind": "normal"}]}, "grid": {"reward.p": [0.1]}}, "has a value in zip already"),
+        ({"base": ["tiny"], "set": {"run.name": "x"}}, "names its runs itself"),
+        ({"base": ["tiny"], "zip": {"data.path": ["a/x.jsonl", "b/x.jsonl"]}}, "would be named 'pathx.jsonl-0'"),
+        ({"include": ["fig44"]}, "did you mean fig4"),
+        ({"include": ["fig4"], "grid": {"clip.low": [0.1]}}, "only includes others"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(layer: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpecError, match=words) as error:
+        swept(layer)
+    assert "\n" not in str(error.value)
+
+
+def test_what_the_command_line_refuses() -> None:
+    for text in ("clip.low", "clip.low=", "clip low=1"):
+        with pytest.raises(SpecError, match="is not KEY=V1,V2"):
+            parse_list(text)
+    with pytest.raises(SpecError, match="has a value twice"):
+        parse_list("clip.low=0.1,0.1")
+    with pytest.raises(SpecError, match=r"no sweep or preset 'fig33' \(did you mean fig3\?\)"):
+        preset_sweep("fig33")
+
+
+def test_no_sweep_is_named_like_a_preset() -> None:
+    assert not set(sweep_names()) & set(preset_names())
