@@ -23,7 +23,9 @@ from typing import IO, Any
 from clipctl.grading_worker import die_with
 
 IMPORTS = (
-    "clipctl.train", "clipctl.progress", "clipctl.plan", "duckdb", "pyarrow.parquet", "safetensors.torch", "psutil",
+    "clipctl.train", "clipctl.progress", "clipctl.plan", "clipctl.arith", "clipctl.statistics", "clipctl.engine.torch_sampler",
+    "clipctl.engine.torch_trainer", "clipctl.engine.torch_probe", "clipctl.engine.optimizers", "clipctl.fold",
+    "duckdb", "pyarrow.parquet", "safetensors.torch", "psutil",
     "torch._dynamo", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers",
 )  # fmt: skip
