@@ -52,12 +52,11 @@ def new_checkpoint(checkpoints: Path, place: Place, settings: Checkpoint) -> Ite
         beside.mkdir()
         yield beside
         _seal(beside)
-        target = checkpoints / str(place)
-        if target.exists():
-            target.rename(checkpoints / f".replaced-{place}")
-        beside.rename(target)
+        if (checkpoints / str(place)).exists():
+            _replace(checkpoints, beside.rename(checkpoints / f".ready-{place}"))
+        else:
+            beside.rename(checkpoints / str(place))
         _sync(checkpoints)
-        shutil.rmtree(checkpoints / f".replaced-{place}", ignore_errors=True)
         _write_latest(checkpoints, place)
         _remove_old(checkpoints, settings)
     finally:
@@ -131,8 +130,22 @@ def xxh3(file: Path) -> str:
     return digest.hexdigest()
 
 
+def _replace(checkpoints: Path, ready: Path) -> None:
+    """Puts a complete checkpoint in the place of the one of its name, in steps of which each can be the last: there is always
+    a whole one, and `remove_leftovers` goes on from wherever it ended."""
+    _sync(checkpoints)
+    target = checkpoints / ready.name.removeprefix(".ready-")
+    if target.exists():
+        # A folder cannot be renamed over another one that is not empty.
+        target.rename(checkpoints / f".replaced-{target.name}")
+    ready.rename(target)
+    shutil.rmtree(checkpoints / f".replaced-{target.name}", ignore_errors=True)
+
+
 def remove_leftovers(checkpoints: Path) -> None:
-    """What a killed process was writing or removing."""
+    """What a killed process was writing or removing; what it had completed, but not put in its place yet, is put there."""
+    for ready in checkpoints.glob(".ready-*"):
+        _replace(checkpoints, ready)
     for entry in checkpoints.glob(".*-*"):
         shutil.rmtree(entry)
 

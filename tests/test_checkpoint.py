@@ -1,11 +1,13 @@
 """Checkpoints as files: complete or not there, found damaged whatever changed, kept as long as the settings say."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from clipctl.checkpoint import MANIFEST, STATE, Place, damage, new_checkpoint, newest_good, places
+from clipctl.checkpoint import MANIFEST, STATE, Place, damage, new_checkpoint, newest_good, places, remove_leftovers
 from clipctl.errors import StoreError
 from clipctl.spec import Checkpoint
 
@@ -125,3 +127,54 @@ def test_a_damaged_one_is_replaced_when_the_run_comes_there_again(tmp_path: Path
     save(tmp_path, Place(2), content=b"again")
     assert newest_good(tmp_path) == (Place(2), [])
     assert names(tmp_path) == {"1", "2", "latest"}
+
+
+REPLACED_AND_KILLED = """
+import os, sys
+from pathlib import Path
+from clipctl.checkpoint import Place, new_checkpoint
+from clipctl.spec import Checkpoint
+
+folder, last, seen = Path(sys.argv[1]), int(sys.argv[2]), 0
+
+def hook(event, arguments):
+    global seen
+    changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir") or (event == "open" and arguments[2] & os.O_CREAT)
+    if changes and str(folder) in str(arguments[0]):
+        seen += 1
+        if seen == last:
+            os._exit(9)
+
+with new_checkpoint(folder, Place(2), Checkpoint(keep=1)) as beside:
+    (beside / "model.safetensors").write_bytes(b"new")
+    sys.addaudithook(hook)
+"""
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_kill_while_one_is_replaced_leaves_a_whole_one(tmp_path: Path, damaged: bool) -> None:
+    """Killed before each change of a file, with keep = 1: there is the old one or the new one, and with a damaged old one
+    the one before it until the new one is complete."""
+    found: list[tuple[Place | None, str]] = []
+    for last in range(1, 40):
+        folder = tmp_path / str(last)
+        folder.mkdir()
+        if damaged:
+            save(folder, Place(1))
+        save(folder, Place(2), content=b"old")
+        if damaged:
+            (folder / "2" / "model.safetensors").write_bytes(b"olt")
+        done = subprocess.run([sys.executable, "-c", REPLACED_AND_KILLED, str(folder), str(last)], check=False)
+        remove_leftovers(folder)
+        place, _ = newest_good(folder)
+        found.append((place, (folder / str(place) / "model.safetensors").read_text()))
+        assert not list(folder.glob(".*-*"))
+        if done.returncode == 0:
+            break
+        assert done.returncode == 9
+    assert done.returncode == 0
+    before = (Place(1), "weights") if damaged else (Place(2), "old")
+    turns = found.index((Place(2), "new"))
+    assert found == [before] * turns + [(Place(2), "new")] * (len(found) - turns)
+    assert turns > 1
+    assert len(found) - turns > 4
