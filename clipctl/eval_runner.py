@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
+from threading import Timer
 from time import perf_counter
 from typing import IO, Any
 
@@ -40,6 +41,8 @@ from clipctl.store import open_runs
 from clipctl.targets import find_target
 
 CACHED = tuple(name for name in TABLES["evals"] if name != "rollout")
+STOP_SECONDS = 10.0
+"""How long Ctrl-C waits for what is being graded."""
 CHECKED = (
     ("dataset_hash", "the problems"),
     ("template_hash", "the prompt template"),
@@ -174,6 +177,7 @@ def _run(
             # Grading processes start before torch has threads or a CUDA context to be copied.
             formulas = any(benchmark.grader == "math" for benchmark in benchmarks)
             pool = stack.enter_context(GradingPool(spec.grading.workers, spec.grading.timeout, start=formulas))
+            abandon = stack.enter_context(abandoned_later(pool, tell))
 
             def sampler() -> Sampler:
                 opened = open_sampler(spec.engine, spec.model, loaded.model_folder)
@@ -182,7 +186,7 @@ def _run(
 
             stops = stop_ids(loaded.model_folder, loaded.tokenizer)
             evaluate(
-                Evaluator(sampler, loaded.tokenizer, stops, pool, setup),
+                Evaluator(sampler, loaded.tokenizer, stops, pool, setup, abandon),
                 benchmarks,
                 reuse_keys(benchmarks, setup),
                 keep,
@@ -209,6 +213,27 @@ def _run(
             raise
         writer.close("finished", "")
     return writer.folder
+
+
+@contextmanager
+def abandoned_later(pool: GradingPool, tell: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """What Ctrl-C does about gradings under way: says that they are waited for, and ends them after STOP_SECONDS. Answers that
+    hang are killed one by one, each at its own limit, which may take an hour."""
+    timers: list[Timer] = []
+
+    def abandon() -> None:
+        tell(
+            f"stopping: what is sampled is still graded and kept, for {STOP_SECONDS:g} s at most; Ctrl-C again does not wait"
+        )
+        timers.append(Timer(STOP_SECONDS, pool.close))
+        timers[-1].daemon = True
+        timers[-1].start()
+
+    try:
+        yield abandon
+    finally:
+        for timer in timers:
+            timer.cancel()
 
 
 def earlier_status(folder: Path, spec: EvalSpec) -> dict[str, Any] | None:

@@ -27,6 +27,8 @@ from clipctl.spec import Engine, EvalSettings, Model
 
 Rows = dict[str, list[Any]]
 """Rows of the table `evals` and their texts, by column."""
+GRADED_AT_ONCE = 256
+"""Samples whose rows are kept together: what Ctrl-C may lose of the gradings under way."""
 GRADER_FILES = ("answers.py", "formulas.py", "grading_worker.py", "rewards.py")
 """What decides an outcome: numbers of another version of these are not reused."""
 
@@ -47,7 +49,7 @@ class Setup:
 @dataclass(frozen=True, slots=True)
 class Evaluator:
     """What samples and grades. sampler: opened when there is something to sample; pool: the grading processes; abandon: what
-    Ctrl-C does to gradings under way, where they are not to be waited for."""
+    Ctrl-C does about gradings under way, before they are waited for."""
 
     sampler: Callable[[], Sampler]
     tokenizer: ChatTokenizer
@@ -89,11 +91,17 @@ def sample_benchmarks(
     done: Collection[tuple[str, int]] = (),
 ) -> None:
     """Samples and grades all that is not done, (benchmark, row), and gives the rows of finished problems to `keep`, which is
-    called in the grading thread. Ctrl-C: what was sampled is graded and kept first, unless the evaluator abandons it."""
+    called in the grading thread. Ctrl-C: what was sampled is graded and kept first, as far as the evaluator waits for it."""
     places = [(benchmark, at) for benchmark in benchmarks for at in range(len(benchmark.problems))]
     prompts = [p for b in benchmarks for p in eval_prompts(b, evaluator.tokenizer, evaluator.setup.settings.seed)]
     skipped = {place for place, (benchmark, at) in enumerate(places) if (benchmark.name, at) in done}
     hashes = {benchmark.name: benchmark.problem_hashes for benchmark in benchmarks}
+
+    problems_at_once = max(1, GRADED_AT_ONCE // evaluator.setup.settings.k)
+
+    def grade_all(waiting: list[tuple[int, list[Completion]]]) -> None:
+        for at in range(0, len(waiting), problems_at_once):
+            grade(waiting[at : at + problems_at_once])
 
     def grade(waiting: list[tuple[int, list[Completion]]]) -> None:
         rows: Rows = {}
@@ -106,7 +114,7 @@ def sample_benchmarks(
         keep(rows)
 
     stream = evaluator.sampler().sample(prompts, evaluator.setup.settings.k, evaluator.params, done=skipped)
-    work_while_making(stream, grade, evaluator.abandon)
+    work_while_making(stream, grade_all, evaluator.abandon)
 
 
 def graded_rows(

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,35 @@ def test_a_stopped_evaluation_goes_on_to_the_rows_of_an_undisturbed_one(tmp_path
     assert told == [f"stopped goes on: {kept[1] // 4} of 24 problems are there"]
     assert rows(folder) == whole
     assert rows(folder, "select state, complete, attempt from evaluations") == [("finished", True, 2)]
+
+
+def test_ctrl_c_does_not_wait_for_answers_that_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Towers that no comparison ends with take 5 s each, 48 of them: two minutes. What was graded before is kept."""
+    monkeypatch.setattr(runner, "STOP_SECONDS", 1.0)
+    file = tmp_path / "towers.jsonl"
+    easy = [{"question": f"{n}+1=", "answer": str(n + 1)} for n in range(4)]
+    hanging = [{"question": f"1+2+3+4+{n}=", "answer": f"{n + 2}^{{9^{{9^{{9^9}}}}}}"} for n in range(6)]
+    file.write_text("\n".join(map(json.dumps, easy + hanging)) + "\n")
+    told: list[str] = []
+    timers: list[threading.Timer] = []
+    stopped_at: list[float] = []
+
+    def interrupt() -> None:
+        stopped_at.append(time.monotonic())
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    def report(now: EvalReport) -> None:
+        if now.problems >= 4 and not timers:
+            timers.append(threading.Timer(1.0, interrupt))
+            timers[-1].start()
+
+    settings = {"eval__benchmarks": (str(file),), "eval__limit": 10, "eval__k": 8, "engine__sampler_rows": 8}
+    with pytest.raises(Interrupted, match=r"4 of 10 problems are kept in .*/e; the same command goes on") as error:
+        run_evaluation(spec(**settings), runs_dir=tmp_path, name="e", report=report, tell=told.append)
+    assert error.value.exit_code == 130
+    assert time.monotonic() - stopped_at[0] < 20
+    assert told[-1] == "stopping: what is sampled is still graded and kept, for 1 s at most; Ctrl-C again does not wait"
+    assert len(rows(tmp_path / "e")) == 4 * 8
 
 
 def test_an_evaluation_that_was_killed_goes_on(tmp_path: Path) -> None:
