@@ -19,14 +19,14 @@ MAY_CHANGE = ("run.steps", "run.name", "eval.", "checkpoint.")
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """A run that was begun before, locked for this process.
+    """A run that was begun before, locked for this process. lock: None in the other processes of a run of several.
 
     status: its status.json, empty where it was killed before it had one. place: of the checkpoint to go on from, None for
     the beginning. problems: what is wrong with newer checkpoints. finished: there is nothing left to do.
     """
 
     folder: Path
-    lock: IO[str]
+    lock: IO[str] | None
     status: dict[str, Any]
     place: Place | None
     problems: list[str]
@@ -73,13 +73,13 @@ def _look_at(folder: Path, spec: RunSpec, lock: IO[str]) -> Earlier:
     return Earlier(folder, lock, status, place, problems, finished=False)
 
 
-def spec_changes(before: RunSpec, now: RunSpec) -> list[str]:
+def spec_changes(before: RunSpec, now: RunSpec, may_change: tuple[str, ...] = MAY_CHANGE) -> list[str]:
     """`key = old, now new` for every key that may not change and did."""
     old, new = (dict(_flat(spec.model_dump(mode="json"))) for spec in (before, now))
     return [
         f"{key} = {_toml(old.get(key))}, now {_toml(new.get(key))}"
         for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
+        if old.get(key) != new.get(key) and not key.startswith(may_change)
     ]
 
 

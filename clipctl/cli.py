@@ -66,6 +66,12 @@ def train(
             help="With --name: go on with a run of that name or start it; refuse one that exists; or that does not."
         ),
     ] = "auto",
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Processes on this machine, one for each GPU; on many machines: torchrun or srun."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen and why; start nothing.")] = False,
 ) -> None:
     """Train a model; prints the run's folder. With --name, the same command again goes on where the run was interrupted.
@@ -88,25 +94,38 @@ def train(
         nest(dict(parse_assignment(text) for text in assignments or ())),
         nest({key: value for key, value in flags.items() if value is not None}),
     )
+    from clipctl.launch import check_nproc, start_ranks
+    from clipctl.rendezvous import find_seat
+
+    if nproc is not None:
+        check_nproc(nproc)
+    seat = find_seat()
+    first = seat is None or seat.rank == 0
     if dry_run:
         from clipctl.plan import make_plan, plan_lines
 
-        print("\n".join(plan_lines(make_plan(resolved))))
+        processes = nproc or (seat.size if seat is not None else 1)
+        if first:
+            print("\n".join(plan_lines(make_plan(resolved, processes))))
         return
     from clipctl.interrupts import catch_signals
     from clipctl.plan import clip_warnings
 
-    for warning in clip_warnings(resolved):
+    for warning in clip_warnings(resolved) if first else ():
         print(f"warning: {warning}", file=sys.stderr)
     label = preset or (spec.stem if spec else resolved.data.task)
+    if nproc is not None and nproc > 1:
+        start_ranks(nproc, resolved.engine.threads)
+        first = (seat := find_seat()) is not None and seat.rank == 0
     with catch_signals() as stop:
         # A signal counts from here on, while torch is still being loaded.
         with stop.interruptible():
             from clipctl.progress import show_progress
             from clipctl.train import train as run
-        with show_progress(resolved.run.steps) as (report, warn):
+        with show_progress(resolved.run.steps, shown=first) as (report, warn):
             folder = run(resolved, runs_dir=runs_dir, label=label, resume=resume, report=report, warn=warn)
-    print(folder)
+    if first:
+        print(folder)
 
 
 @app.command("eval")
@@ -473,11 +492,12 @@ def _one_of(flag: str, value: float | None, off_flag: str, off_value: float | No
     return value if value is not None else off_value
 
 
-def _end(code: int, line: str) -> NoReturn:
+def _end(code: int, line: str, told: bool) -> NoReturn:
     # The code is decided: a further signal must not change it while Python shuts down.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    print(line, file=sys.stderr)
+    if not told:
+        print(line, file=sys.stderr)
     sys.exit(code)
 
 
@@ -487,9 +507,11 @@ def main() -> NoReturn:
     # A shell script's background job starts with SIGINT ignored; all three signals must end a run cleanly.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
-        app(args=[argument for argument in sys.argv[1:] if argument != "--debug"])
+        # The launcher of deepspeed adds --local_rank to every command line.
+        app(args=[word for word in sys.argv[1:] if word != "--debug" and not word.startswith("--local_rank=")])
     except BrokenPipeError:
         # Whoever read has enough; what Python would still flush goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -497,9 +519,10 @@ def main() -> NoReturn:
     except ClipctlError as error:
         if debug:
             raise
-        _end(error.exit_code, f"clipctl: {error}")
+        _end(error.exit_code, f"clipctl: {error}", error.told)
     except Exception as error:
         if debug:
             raise
-        _end(1, f"clipctl: a bug in clipctl: {type(error).__name__}: {error}; run again with --debug and report it")
+        line = f"clipctl: a bug in clipctl: {type(error).__name__}: {error}; run again with --debug and report it"
+        _end(1, line, getattr(error, "told", False))
     sys.exit(0)

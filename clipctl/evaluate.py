@@ -21,6 +21,7 @@ from clipctl.eval_cache import cache_key, find_entry, hold, save_entry
 from clipctl.eval_metrics import by_problem, pass_intervals, samples_each, summary
 from clipctl.models import ChatTokenizer, model_shape
 from clipctl.overlap import work_while_making
+from clipctl.ranks import ALONE, Ranks
 from clipctl.rewards import GradingPool
 from clipctl.rollout import Completion, DrawKey, Prompt, SamplingParams
 from clipctl.spec import Engine, EvalSettings, Model
@@ -49,7 +50,7 @@ class Setup:
 @dataclass(frozen=True, slots=True)
 class Evaluator:
     """What samples and grades. sampler: opened when there is something to sample; pool: the grading processes; abandon: what
-    Ctrl-C does about gradings under way, before they are waited for."""
+    Ctrl-C does about gradings under way, before they are waited for; ranks: share the problems."""
 
     sampler: Callable[[], Sampler]
     tokenizer: ChatTokenizer
@@ -57,6 +58,7 @@ class Evaluator:
     pool: GradingPool
     setup: Setup
     abandon: Callable[[], None] = lambda: None
+    ranks: Ranks = ALONE
 
     @property
     def params(self) -> SamplingParams:
@@ -91,9 +93,14 @@ def sample_benchmarks(
     done: Collection[tuple[str, int]] = (),
 ) -> None:
     """Samples and grades all that is not done, (benchmark, row), and gives the rows of finished problems to `keep`, which is
-    called in the grading thread. Ctrl-C: what was sampled is graded and kept first, as far as the evaluator waits for it."""
+    called in the grading thread. Ctrl-C: what was sampled is graded and kept first, as far as the evaluator waits for it.
+
+    Of several ranks each takes some of the problems, and all get all rows, those of the others at the end."""
     places = [(benchmark, at) for benchmark in benchmarks for at in range(len(benchmark.problems))]
     prompts = [p for b in benchmarks for p in eval_prompts(b, evaluator.tokenizer, evaluator.setup.settings.seed)]
+    mine = evaluator.ranks.mine(len(places))
+    places, prompts = [places[at] for at in mine], [prompts[at] for at in mine]
+    made: list[Rows] = []
     skipped = {place for place, (benchmark, at) in enumerate(places) if (benchmark.name, at) in done}
     hashes = {benchmark.name: benchmark.problem_hashes for benchmark in benchmarks}
 
@@ -112,9 +119,17 @@ def sample_benchmarks(
             )
             rows = {column: rows.get(column, []) + values for column, values in found.items()}
         keep(rows)
+        made.append(rows)
 
-    stream = evaluator.sampler().sample(prompts, evaluator.setup.settings.k, evaluator.params, done=skipped)
-    work_while_making(stream, grade_all, evaluator.abandon)
+    def work() -> list[Rows]:
+        if places:
+            stream = evaluator.sampler().sample(prompts, evaluator.setup.settings.k, evaluator.params, done=skipped)
+            work_while_making(stream, grade_all, evaluator.abandon)
+        return made
+
+    for rank, found in enumerate(evaluator.ranks.share(work)):
+        for rows in found if rank != evaluator.ranks.rank else ():
+            keep(rows)
 
 
 def graded_rows(
@@ -242,23 +257,24 @@ def evaluate(
     keys: of the cache, by benchmark; what is begun is not looked up. finished: (eval id, all rows) of a benchmark, for
     the cache. Another process that works on the same numbers is waited for.
     """
-    begun = {name for name, _ in done}
+    begun, ranks = {name for name, _ in done}, evaluator.ranks
     missing = {benchmark.name: benchmark for benchmark in benchmarks}
     with ExitStack() as held:
         for name, key in sorted(keys.items(), key=lambda pair: pair[1]):
             if name in begun:
                 continue
-            entry = find_entry(key)
-            if entry is None:
+            entry = None
+            if ranks.rank == 0 and (entry := find_entry(key)) is None:
                 held.enter_context(hold(key, partial(tell, f"{name}: waiting for another process that evaluates it")))
                 entry = find_entry(key)
+            entry = ranks.broadcast(entry)
             if entry is not None:
                 take(name, *entry)
                 del missing[name]
         if missing:
             sample_benchmarks(evaluator, list(missing.values()), keep, done)
         for name, benchmark in missing.items():
-            if name in keys:
+            if name in keys and ranks.rank == 0:
                 problem = save_entry(keys[name], *finished(benchmark))
                 if problem:
                     tell(f"the evaluation of {name} cannot be kept for reuse: {problem}")

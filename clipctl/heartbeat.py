@@ -162,7 +162,8 @@ class Heartbeat:
             time.sleep(0.1)
             stuck = stuck + 0.1 if self.waiting else 0.0
         if self.working:
-            self.on_end(failure)
+            with suppress(ClipctlError):
+                self.on_end(failure)
             if not failure.told:
                 print(f"clipctl: {failure}", file=sys.stderr, flush=True)
             os._exit(failure.exit_code)

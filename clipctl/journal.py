@@ -10,7 +10,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -228,17 +228,54 @@ class RunWriter:
         stem = f"{table}-{self.attempt:03d}-{number:06d}"
         write_segment(self.folder / "journal", stem, table, keys | dict(columns))
 
-    @contextmanager
-    def disk(self) -> Iterator[None]:
+    def disk(self) -> AbstractContextManager[None]:
         """What the disk refuses within the block becomes a StoreError."""
-        import safetensors
+        return _disk(self.folder)
 
-        try:
-            yield
-        except OSError as error:
-            raise StoreError(f"{self.folder}: {error.strerror or error}; earlier rollouts are kept") from None
-        except safetensors.SafetensorError as error:
-            raise StoreError(f"{self.folder}: {error}; earlier rollouts are kept") from None
+
+class SilentWriter:
+    """What the other processes of a run have in the place of its one writer: it writes nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.attempt = 0
+        self.recent: list[Event] = []
+        self.saved = "the beginning"
+
+    def write_rollout(self, rollout: int, row: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> None: ...
+
+    def write_evaluation(self, number: int, rollout: int | None, tables: Mapping[str, Mapping[str, Any]]) -> None: ...
+
+    def event(
+        self,
+        kind: str,
+        message: str,
+        *,
+        rollout: int | None = None,
+        data: Mapping[str, Any] | None = None,
+        time: datetime | None = None,
+    ) -> None: ...
+
+    def close(self, state: str, message: str) -> None: ...
+
+    def disk(self) -> AbstractContextManager[None]:
+        """What the disk refuses within the block becomes a StoreError."""
+        return _disk(self.folder)
+
+
+Writer = RunWriter | SilentWriter
+
+
+@contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    import safetensors
+
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{folder}: {error.strerror or error}; earlier rollouts are kept") from None
+    except safetensors.SafetensorError as error:
+        raise StoreError(f"{folder}: {error}; earlier rollouts are kept") from None
 
 
 PACKAGES = (

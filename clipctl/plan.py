@@ -41,6 +41,7 @@ class Plan:
     """The numbers behind `--dry-run`; sizes in bytes, None where the model's shape is not known."""
 
     spec: RunSpec
+    processes: int
     shape: ModelShape | None
     responses: int
     updates: int
@@ -59,12 +60,16 @@ class Plan:
         return self.responses * (1 + self.spec.rollout.max_refills * self.spec.rollout.dynamic_sampling)
 
 
-def make_plan(spec: RunSpec) -> Plan:
-    """The plan of a resolved spec; needs no network, GPU or model files. Raises ModelError for a broken GGUF file."""
+def make_plan(spec: RunSpec, processes: int = 1) -> Plan:
+    """The plan of a resolved spec that so many processes run; needs no network, GPU or model files.
+
+    Raises ModelError for a broken GGUF file.
+    """
     shape = model_shape(spec.model.path)
     held = {} if shape is None else memory(spec, shape)
     return Plan(
         spec=spec,
+        processes=processes,
         shape=shape,
         responses=spec.responses,
         updates=spec.updates_per_rollout,
@@ -75,7 +80,10 @@ def make_plan(spec: RunSpec) -> Plan:
         disk_per_rollout=disk_per_rollout(spec),
         disk_model=None if shape is None else shape.parameters * _bytes_per_weight(spec),
         disk_checkpoint=None if shape is None else shape.parameters * checkpoint_bytes_per_weight(spec),
-        warnings=clip_warnings(spec) + context_warnings(spec, shape) + memory_warnings(spec, held),
+        warnings=clip_warnings(spec)
+        + context_warnings(spec, shape)
+        + memory_warnings(spec, held)
+        + process_warnings(spec, processes),
     )
 
 
@@ -123,6 +131,22 @@ def context_warnings(spec: RunSpec, shape: ModelShape | None) -> list[str]:
         f"{max(0, shape.context - rollout.max_response_tokens)} tokens, responses of rollout.max_response_tokens = "
         f"{rollout.max_response_tokens} do not fit, and the run is refused"
     ]
+
+
+def process_warnings(spec: RunSpec, processes: int) -> list[str]:
+    """Where processes have nothing to do."""
+    found = []
+    if processes > spec.rollout.prompts:
+        found.append(
+            f"rollout.prompts = {spec.rollout.prompts}: of {processes} processes {processes - spec.rollout.prompts} have nothing "
+            "to sample, because a group is sampled by one"
+        )
+    if processes > spec.optim.responses_per_update:
+        found.append(
+            f"optim.responses_per_update = {spec.optim.responses_per_update}: of {processes} processes "
+            f"{processes - spec.optim.responses_per_update} have no response to train on"
+        )
+    return found
 
 
 def memory_warnings(spec: RunSpec, held: dict[str, int]) -> list[str]:
@@ -233,6 +257,8 @@ def plan_lines(plan: Plan) -> list[str]:
         _line("ledger", _ledger_words(plan)),
         _line("loss weight", _weight_words(spec)),
     ]
+    if plan.processes > 1:
+        lines += _process_lines(plan)
     if plan.zero_advantage_share is not None:
         lines.append(
             _line("zero advantage", f"{plan.zero_advantage_share:.2%} of the groups expected ({_share_formula(spec)})")
@@ -342,6 +368,19 @@ def _weight_words(spec: RunSpec) -> str:
 def _share_formula(spec: RunSpec) -> str:
     formulas = {"bernoulli": "p^G + (1-p)^G", "rademacher": "2·0.5^G"}
     return formulas.get(spec.reward.kind, "continuous rewards are never equal")
+
+
+def _process_lines(plan: Plan) -> list[str]:
+    """Who does what of a rollout; memory is that of one of them."""
+    count, spec = plan.processes, plan.spec
+    return [
+        _line(
+            "processes",
+            f"{count}, each with the whole model and optimizer, {-(-spec.rollout.prompts // count)} of {spec.rollout.prompts} "
+            f"prompts a rollout and about 1/{count} of the micro-batches; numbers below are of one of them",
+        ),
+        _more("gradients are summed over all of them, so loss and metrics are those of one process"),
+    ]
 
 
 def _eval_lines(plan: Plan) -> list[str]:

@@ -15,8 +15,14 @@ LINE_SECONDS = 10.0
 
 
 @contextmanager
-def show_progress(steps: int) -> Iterator[tuple[Callable[["Report"], None], Callable[[str], None]]]:
-    """Two functions: one takes each rollout's report and shows it, one takes a warning and prints it above the bar."""
+def show_progress(
+    steps: int, *, shown: bool = True
+) -> Iterator[tuple[Callable[["Report"], None], Callable[[str], None]]]:
+    """Two functions: one takes each rollout's report and shows it, one takes a warning and prints it above the bar. shown:
+    False in all processes of a run but one."""
+    if not shown:
+        yield lambda report: None, lambda line: None
+        return
     if not sys.stderr.isatty():
         yield lambda report: print_line(plain_line(report)), print_line
         return

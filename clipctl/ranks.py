@@ -157,6 +157,10 @@ class Ranks:
                 self.heartbeat.waiting = False
 
 
+ALONE = Ranks()
+"""The only process of its run."""
+
+
 @contextmanager
 def joined(stop: StopRequests, *, on_gpu: bool) -> Iterator[Ranks]:
     """The ranks of this run while the block runs: those that the environment tells of, or this process alone.

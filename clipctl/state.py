@@ -98,7 +98,13 @@ class SavedState:
 
 
 def save_state(
-    folder: Path, state: RunState, rollout: OpenRollout | None, rng: Rng, events: Sequence[Any], data: str
+    folder: Path,
+    state: RunState,
+    rollout: OpenRollout | None,
+    rng: Rng,
+    events: Sequence[Any],
+    data: str,
+    processes: int = 1,
 ) -> None:
     """Writes state.json and state.safetensors. Raises OSError and SafetensorError.
 
@@ -117,7 +123,7 @@ def save_state(
         "python_rng": rng["python"],
         "numpy_rng": [rng["numpy"][0], *rng["numpy"][2:]],
         "data": data,
-        "versions": versions(),
+        "versions": versions(processes),
         "evaluated": state.evaluated,
         "events": list(events),
         "open": None,
@@ -211,9 +217,12 @@ def digest_of_data(problems: Sequence[Problem], prompt_ids: Sequence[Sequence[in
     return digest.hexdigest()
 
 
-def versions() -> dict[str, str]:
+def versions(processes: int = 1) -> dict[str, str]:
     """What bit-exactness depends on beside the spec."""
-    return {"clipctl": __version__, "torch": torch.__version__, "numpy": np.__version__, "machine": platform.machine()}
+    return {
+        "clipctl": __version__, "torch": torch.__version__, "numpy": np.__version__, "machine": platform.machine(),
+        "processes": str(processes),
+    }  # fmt: skip
 
 
 # --- random number generators -----------------------------------------------------------------------------------------

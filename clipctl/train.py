@@ -4,18 +4,22 @@ GRPO as the paper has it (arXiv 2509.26114): the advantage is the reward minus i
 deviation; the log-probabilities of π_old are the trainer's own, scored once per rollout in the layout in which the
 updates run, so the ratio at inner step 0 is 1 by construction; a group is never split over updates; no KL term and no
 entropy bonus. Dimension letters as in `clipctl.rollout`.
+
+Of several processes ("ranks") each runs all of this with the same state: sampling and micro-batches are divided among them,
+what they find is gathered, and rank 0 alone writes and reports (`clipctl.ranks`).
 """
 
 import operator
 import secrets
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import reduce
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from types import ModuleType
 from typing import Any
 
@@ -25,7 +29,7 @@ from numpy.typing import NDArray
 
 from clipctl.alarms import RolloutFacts, new_alarms
 from clipctl.algo import group_advantages, overlong_penalty
-from clipctl.attempts import Earlier, Resume, find_earlier
+from clipctl.attempts import Earlier, Resume, find_earlier, spec_changes
 from clipctl.benchmarks import Benchmark, load_benchmarks
 from clipctl.checkpoint import STATE, Place, new_checkpoint
 from clipctl.control import TOLERANCE, ControlState, held, next_action, start_control
@@ -44,11 +48,12 @@ from clipctl.evaluate import (
     segments_of,
 )
 from clipctl.interrupts import StopNow, StopRequests, catch_signals, job_end
-from clipctl.journal import RunWriter, check_place, create_run
+from clipctl.journal import RunWriter, SilentWriter, Writer, check_place, create_run
 from clipctl.lock import print_warning
 from clipctl.loss import PolicyLoss
 from clipctl.models import ChatTokenizer, check_device, find_model, load_tokenizer, stop_ids
 from clipctl.overlap import work_while_making
+from clipctl.ranks import Ranks, joined
 from clipctl.records import (
     Columns,
     Group,
@@ -69,6 +74,7 @@ from clipctl.rollout import (
     Problem,
     Prompt,
     SamplingParams,
+    keyed_rng,
     minibatches,
     spread_states,
     stream_indices,
@@ -128,7 +134,8 @@ class Job:
     scorer: Scorer
     engine: EnginePair
     evaluation: "PolicyEvaluation | None"
-    writer: RunWriter
+    writer: Writer
+    ranks: Ranks
     stop: StopRequests
     report: Callable[[Report], None]
     warn: Callable[[str], None]
@@ -157,37 +164,48 @@ def train(
     `never` and `must` refuse one that exists or does not. report is called after each rollout, warn with each alarm.
     Raises a ClipctlError of one line; the run's folder then keeps what was measured, with its state: interrupted (a signal,
     Ctrl-C, the end of a job's time), diverged (non-finite), stopped (by an alarm), failed.
+
+    Under torchrun, deepspeed and srun all their processes run it together; each returns the folder, rank 0 reports and warns.
     """
-    name = spec.run.name or f"{label}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     if spec.run.name is None and resume == "must":
         raise SpecError(
             "--resume must: a run without --name is always a new one; give the --name of the run to go on with"
         )
-    with catch_signals() as stop, ExitStack() as stack:
+    with ExitStack() as stack:
+        stop = stack.enter_context(catch_signals())
+        ranks = stack.enter_context(joined(stop, on_gpu=spec.engine.device == "cuda"))
         stop.grace = spec.checkpoint.grace
         if (end := job_end()) is not None:
             stop.end_with_job(end, spec.checkpoint.margin)
+        if ranks.rank:
+            report, warn = ignore, ignore
         with stop.interruptible():
-            earlier = find_earlier(check_place(Path(runs_dir), name), spec, resume, warn)
+            refuse_other_specs(ranks, spec)
+            name = ranks.broadcast(spec.run.name or new_name(label))
+            earlier = earlier_attempt(ranks, Path(runs_dir), name, spec, resume, warn)
             if earlier is not None:
-                stack.callback(earlier.lock.close)
+                if earlier.lock is not None:
+                    stack.callback(earlier.lock.close)
                 if earlier.finished:
                     warn(f"{name} is finished, with {earlier.status['rollouts']} rollouts; raise run.steps to go on")
                     return earlier.folder
             grader = grader_of(spec.reward, task_grader(spec.data))
-            problems = load_problems(spec.data, grader=grader)
             check_device(spec.engine.device)
-            folder = find_model(spec.model.path, pull=True)
+            with ranks.first_alone():
+                problems = load_problems(spec.data, grader=grader)
+                folder = find_model(spec.model.path, pull=True)
             tokenizer = load_tokenizer(folder, spec.model.chat_template)
             data = tokenize(problems, tokenizer, spec.rollout.max_prompt_tokens)
             check_context(spec, data, folder)
             evaluation = load_evaluation(spec, tokenizer, folder) if spec.eval.every else None
-        writer = open_writer(Path(runs_dir), name, spec, label, earlier)
-        with closing_run(spec, writer, stop, named=spec.run.name is not None):
+        writer = open_writer(ranks, Path(runs_dir), name, spec, label, earlier)
+        with ExitStack() as closing:
+            closing.enter_context(closing_run(spec, writer, stop, named=spec.run.name is not None))
+            closing.enter_context(ranks.at_work(lambda failure: writer.close("failed", str(failure))))
             with stop.interruptible():
                 # Grading processes start before torch has threads or a CUDA context to be copied.
                 scorer = stack.enter_context(open_scorer(spec.reward, grader, spec.run.seed))
-                engine = open_engine(spec, (earlier and earlier.checkpoint) or folder)
+                engine = open_engine(spec, (earlier and earlier.checkpoint) or folder, ranks)
                 stack.callback(engine.sampler.close)
                 params = SamplingParams(
                     spec.rollout.max_response_tokens,
@@ -195,28 +213,75 @@ def train(
                     spec.rollout.top_p,
                     stop_ids(folder, tokenizer),
                 )
-                job = Job(spec, data, tokenizer, params, scorer, engine, evaluation, writer, stop, report, warn)
+                job = Job(spec, data, tokenizer, params, scorer, engine, evaluation, writer, ranks, stop, report, warn)
             run_rollouts(job, *begin(job, earlier))
     return writer.folder
 
 
-def open_writer(runs_dir: Path, name: str, spec: RunSpec, label: str, earlier: Earlier | None) -> RunWriter:
-    """The one writer of a new run, or of the next attempt at an earlier one."""
-    if earlier is None:
-        return create_run(runs_dir, name, spec_json(spec), label)
-    done = earlier.place.rollouts if earlier.place is not None else 0
-    return RunWriter(earlier.folder, spec_json(spec), label, earlier.lock, earlier.status, done)
+def new_name(label: str) -> str:
+    return f"{label}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def ignore(line: object) -> None:
+    """What ranks other than 0 say."""
+
+
+def refuse_other_specs(ranks: Ranks, spec: RunSpec) -> None:
+    """Raises SpecError where the ranks were not started with the same command line."""
+    for rank, other in enumerate(ranks.gather(spec)):
+        changes = spec_changes(spec, other, may_change=())
+        if changes:
+            raise SpecError(
+                f"rank {rank} of {ranks.size} was given another spec than rank {ranks.rank}: {'; '.join(changes)}; "
+                "processes that are started together are one run. For a run of its own set WORLD_SIZE=1 in front of the command"
+            )
+
+
+def earlier_attempt(
+    ranks: Ranks, runs_dir: Path, name: str, spec: RunSpec, resume: Resume, warn: Callable[[str], None]
+) -> Earlier | None:
+    """What rank 0 finds of the run, and locks."""
+    if ranks.rank == 0:
+        mine = find_earlier(check_place(runs_dir, name), spec, resume, warn)
+        ranks.broadcast(None if mine is None else replace(mine, lock=None))
+        return mine
+    return ranks.broadcast(None)
+
+
+def open_writer(ranks: Ranks, runs_dir: Path, name: str, spec: RunSpec, label: str, earlier: Earlier | None) -> Writer:
+    """The one writer of a new run, or of the next attempt at an earlier one, on rank 0. Raises StoreError where another rank
+    does not see the run's folder."""
+    writer: Writer = SilentWriter(runs_dir / name)
+    if ranks.rank == 0 and earlier is None:
+        writer = create_run(runs_dir, name, spec_json(spec), label)
+    elif ranks.rank == 0 and earlier is not None:
+        done = earlier.place.rollouts if earlier.place is not None else 0
+        assert earlier.lock is not None
+        writer = RunWriter(earlier.folder, spec_json(spec), label, earlier.lock, earlier.status, done)
+    ranks.barrier()
+    for host, seen in ranks.gather((socket.gethostname(), is_seen(writer.folder))):
+        if not seen:
+            raise StoreError(f"--runs-dir: {writer.folder} is not there on {host}; all machines of a run must share it")
+    return writer
+
+
+def is_seen(folder: Path) -> bool:
+    """Whether the folder is there, at once or when a network file system has forgotten that it was not."""
+    end = perf_counter() + 10
+    while not folder.is_dir() and perf_counter() < end:
+        sleep(0.2)
+    return folder.is_dir()
 
 
 @contextmanager
-def closing_run(spec: RunSpec, writer: RunWriter, stop: StopRequests, *, named: bool) -> Iterator[None]:
+def closing_run(spec: RunSpec, writer: Writer, stop: StopRequests, *, named: bool) -> Iterator[None]:
     """Ends the attempt with the state that the block's end means."""
     try:
         yield
     except KeyboardInterrupt:
         how = "the same command" if named else f"the same command and --name {writer.folder.name}"
         error = stop.error(f"{writer.folder} keeps what was measured; {how} goes on from {writer.saved}")
-        writer.close("interrupted", str(error))
+        writer.close("interrupted" if stop.failure is None else "failed", str(error))
         raise error from None
     except DivergedError as error:
         writer.close("diverged", str(error))
@@ -273,8 +338,11 @@ def dropped_when_stopped(job: Job, state: RunState, saved: int) -> Iterator[None
     the newest checkpoint, after `saved` rollouts, is an older one."""
     told = len(job.writer.recent)
     try:
-        with job.stop.interruptible():
+        # What ranks do together one of them cannot leave: `Ranks.share` ends what each does alone.
+        with job.stop.interruptible() if job.ranks.size == 1 else nullcontext():
             yield
+        if job.ranks.asked_to_stop():
+            raise StopNow
     except StopNow:
         del job.writer.recent[told:]
         if saved != state.rollout and not job.stop.at_once:
@@ -302,7 +370,7 @@ def open_rollout(job: Job, state: RunState) -> OpenRollout:
     old = job.engine.trainer.score(batch) if batch is not None else None
     seconds = [drawn.seconds_sample, drawn.seconds_reward, perf_counter() - started, 0.0]
     noise = measure_noise(job, batch, trained, old) if state.profile is None else None
-    control, loss = choose_clip(job, state, None if old is None else mean_entropy(trained, old))
+    control, loss = job.ranks.broadcast(choose_clip(job, state, None if old is None else mean_entropy(trained, old)))
     return OpenRollout(drawn.groups, trained, drawn.next_position, drawn.refills, old, noise, control, loss, seconds)
 
 
@@ -333,7 +401,7 @@ def end_rollout(
         else state.profile,
         evaluated=state.evaluated,
     )
-    stopping = raise_alarms(job, history)
+    stopping = job.ranks.broadcast(raise_alarms(job, history))
     if after.rollout == spec.run.steps:
         note_control(job, after)
     return after, stopping
@@ -357,7 +425,7 @@ def run_updates(job: Job, state: RunState, opened: OpenRollout) -> list[Update]:
     if not opened.updates and set(measures) != {"sums"}:
         trainer.keep_probe(batch, probe_states(job.spec, state.rollout, batch))
     while opened.updates < len(steps):
-        if opened.updates and job.stop.reason:
+        if job.ranks.asked_to_stop() and opened.updates:
             save_checkpoint(job, state, opened)
             raise StopNow
         at, started = opened.updates, perf_counter()
@@ -442,16 +510,15 @@ def draw_groups(job: Job, rollout: int, position: int) -> Drawn:
     while useful < wanted and len(seconds) <= (job.spec.rollout.max_refills if dynamic else 0):
         started = perf_counter()
         problems, prompts = next_prompts(job, rollout, position, wanted - useful)
-        scored, sampled = sample_groups(job, problems, prompts)
+        scored, sampling = sample_groups(job, problems, prompts)
         groups += with_advantages(job, problems, prompts, scored)
         position += len(prompts)
-        seconds.append((sampled - started, perf_counter() - sampled))
+        seconds.append((sampling, perf_counter() - started - sampling))
         useful = sum(group.has_advantage for group in groups)
     if dynamic and useful < wanted:
         message = f"dynamic sampling found {useful} of {wanted} groups with an advantage in {len(seconds) - 1} refills"
         job.writer.event("dynamic_sampling", message, rollout=rollout, data={"useful": useful, "sampled": len(groups)})
-    sampling, rewarding = (sum(column) for column in zip(*seconds, strict=True))
-    return Drawn(groups, position, len(seconds) - 1, sampling, rewarding)
+    return Drawn(groups, position, len(seconds) - 1, *(sum(column) for column in zip(*seconds, strict=True)))
 
 
 def next_prompts(job: Job, rollout: int, position: int, count: int) -> tuple[list[Problem], list[Prompt]]:
@@ -476,10 +543,22 @@ class ScoredGroup:
 
 
 def sample_groups(job: Job, problems: Sequence[Problem], prompts: Sequence[Prompt]) -> tuple[list[ScoredGroup], float]:
-    """The groups in the order of their prompts, decoded and scored while others are sampled, and the time at which the last
+    """The groups in the order of their prompts, each sampled by one of the ranks, and the seconds of the one that sampled
+    longest."""
+    ranks = job.ranks
+    mine = ranks.mine(len(prompts))
+    shares = ranks.share(lambda: sample_alone(job, [problems[at] for at in mine], [prompts[at] for at in mine]))
+    groups = [shares[place % ranks.size][0][place // ranks.size] for place in range(len(prompts))]
+    return groups, max(seconds for _, seconds in shares)
+
+
+def sample_alone(job: Job, problems: Sequence[Problem], prompts: Sequence[Prompt]) -> tuple[list[ScoredGroup], float]:
+    """The groups in the order of their prompts, decoded and scored while others are sampled, and the seconds until the last
     one was sampled."""
+    if not prompts:
+        return [], 0.0
     found: dict[int, ScoredGroup] = {}
-    ended = perf_counter()
+    started = ended = perf_counter()
 
     def sampled() -> Iterator[tuple[int, list[Completion]]]:
         nonlocal ended
@@ -496,7 +575,7 @@ def sample_groups(job: Job, problems: Sequence[Problem], prompts: Sequence[Promp
 
     # A request to stop drops the samples, so nobody waits for their grades, which may take all of `reward.budget`.
     work_while_making(sampled(), score, abandon=job.scorer.pool.close)
-    return [found[place] for place in range(len(prompts))], ended
+    return [found[place] for place in range(len(prompts))], ended - started
 
 
 def with_advantages(
@@ -587,7 +666,9 @@ def evaluate_policy(job: Job, evaluation: PolicyEvaluation, rollouts: int) -> No
 
     stops, pool = job.params.stop_ids, job.scorer.pool
     # A run that goes on evaluates again, so Ctrl-C does not wait for gradings: `checkpoint.grace` is for saving.
-    evaluator = Evaluator(lambda: job.engine.sampler, job.tokenizer, stops, pool, setup, abandon=pool.close)
+    evaluator = Evaluator(
+        lambda: job.engine.sampler, job.tokenizer, stops, pool, setup, abandon=pool.close, ranks=job.ranks
+    )
     try:
         evaluate(evaluator, benchmarks, reuse_keys(benchmarks, setup), keep, take, finished, tell=job.warn)
     finally:
@@ -678,14 +759,31 @@ def save_checkpoint(job: Job, state: RunState, opened: OpenRollout | None = None
     """Everything that the run needs to go on, beside the policy as a folder that transformers loads."""
     place = Place(state.rollout, opened.updates if opened is not None else 0)
     events = [asdict(event) | {"time": event.time.isoformat()} for event in job.writer.recent]
-    with job.writer.disk(), new_checkpoint(job.writer.folder / "checkpoints", place, job.spec.checkpoint) as folder:
+    with job.writer.disk(), new_checkpoint_of_all(job, place) as folder:
         job.engine.trainer.save(folder)
-        job.tokenizer.save(folder)
-        (folder / STATE).mkdir()
         job.engine.trainer.save_state(folder / STATE, probe=opened is not None)
-        rng = state.rng if opened is None else rng_state()
-        save_state(folder / STATE, state, opened, rng, events, job.data.digest)
+        if job.ranks.rank == 0:
+            job.tokenizer.save(folder)
+            rng = state.rng if opened is None else rng_state()
+            save_state(folder / STATE, state, opened, rng, events, job.data.digest, job.ranks.size)
     job.writer.saved = describe(place)
+
+
+@contextmanager
+def new_checkpoint_of_all(job: Job, place: Place) -> Iterator[Path]:
+    """A folder to save into for all ranks, which rank 0 makes, and makes the newest checkpoint when all have written. When the
+    block has ended on any rank it is one."""
+    with ExitStack() as stack:
+        folder: Path | None = None
+        if job.ranks.rank == 0:
+            checkpoints = job.writer.folder / "checkpoints"
+            folder = stack.enter_context(new_checkpoint(checkpoints, place, job.spec.checkpoint))
+            (folder / STATE).mkdir()
+        folder = job.ranks.broadcast(folder)
+        assert folder is not None
+        yield folder
+        job.ranks.barrier()
+    job.ranks.barrier()
 
 
 def describe(place: Place) -> str:
@@ -695,11 +793,12 @@ def describe(place: Place) -> str:
 
 def begin(job: Job, earlier: Earlier | None) -> tuple[RunState, OpenRollout | None]:
     """The state to begin with: a new run's, or that of the checkpoint to go on from, whose model the engine has loaded."""
+    note_processes(job)
     if earlier is None or earlier.checkpoint is None:
         if earlier is not None and earlier.status:
             job.warn(f"{job.writer.folder.name} has no checkpoint yet: it begins again")
         note_choices(job)
-        seed_rng(job.spec.run.seed)
+        seed_rng(job.spec.run.seed + job.ranks.rank)
         return RunState(rng_state()), None
     assert earlier.place is not None
     saved = SavedState(earlier.checkpoint / STATE)
@@ -712,7 +811,10 @@ def begin(job: Job, earlier: Earlier | None) -> tuple[RunState, OpenRollout | No
     job.engine.trainer.load_state(saved.folder)
     job.engine.sampler.update_weights(job.engine.trainer.weights(), version=earlier.place.rollouts)
     state = read_run_state(saved)
-    set_rng_state(state.rng)
+    if job.ranks.rank == 0:
+        set_rng_state(state.rng)
+    else:
+        seed_rng(int(keyed_rng(job.spec.run.seed, "rank", job.ranks.rank, str(earlier.place)).integers(2**32)))
     # Readers hide what earlier attempts told of the rollout that comes, and of the evaluation before it.
     for event in saved.facts["events"]:
         if event["rollout"] == state.rollout:
@@ -723,6 +825,15 @@ def begin(job: Job, earlier: Earlier | None) -> tuple[RunState, OpenRollout | No
     if stopping and earlier.status["state"] != "stopped":
         raise AlarmStop(f"stopped by the alarm {stopping}")
     return state, None
+
+
+def note_processes(job: Job) -> None:
+    """An event that says where the processes of this attempt are, where there are several."""
+    if job.ranks.size == 1:
+        return
+    hosts = job.ranks.gather(socket.gethostname())
+    words = ", ".join(f"{hosts.count(host)} on {host}" for host in dict.fromkeys(hosts))
+    job.writer.event("processes", f"{len(hosts)} processes: {words}", data={"hosts": hosts})
 
 
 def reopen_rollout(job: Job, state: RunState, saved: SavedState) -> OpenRollout:
@@ -744,8 +855,8 @@ def note_resume(job: Job, earlier: Earlier, saved: SavedState) -> None:
     for problem in earlier.problems:
         job.writer.event("checkpoint_damaged", problem)
         job.warn(problem)
-    before, now = saved.facts["versions"], versions()
-    changed = [f"{name} {before.get(name)} is now {now[name]}" for name in now if before.get(name) != now[name]]
+    before, now = saved.facts["versions"], versions(job.ranks.size)
+    changed = [f"{name} {before[name]} is now {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     message = f"attempt {job.writer.attempt} goes on from {describe(earlier.place)}"
     if changed:
         message += f"; numbers may differ from those of an undisturbed run: {', '.join(changed)}"

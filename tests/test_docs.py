@@ -89,6 +89,7 @@ NOT_RUN = {
     "clipctl train --preset qwen3b-gsm8k --eps-low 0.15 --no-clip-high": "3B parameters; its --dry-run is run",
     "clipctl train --preset qwen3b-gsm8k --name first": "3B parameters",
     "clipctl doctor --preset qwen3b-gsm8k --set engine.device=cuda": "exits 3 without a GPU; test_doctor.py runs it",
+    "clipctl train --preset qwen3b-gsm8k --name first --nproc 8": "8 GPUs",
     "clipctl eval --run runs/my-run@40 --benchmark gsm8k --benchmark math500 -k 8": "benchmarks from the hub",
     "clipctl eval --model qwen2.5-3b-instruct --benchmark gsm8k --benchmark math500 -k 8 --set engine.device=cuda": "a GPU",
 }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from clipctl.ranks import ALONE, Ranks
 from clipctl.rollout import Batch, Completion, Prompt, SamplingParams
 from clipctl.spec import Engine, Model, RunSpec
 
@@ -83,7 +84,7 @@ class UpdateResult:
 
 
 class Trainer(Protocol):
-    """Scores responses and takes optimizer steps."""
+    """Scores responses and takes optimizer steps. Of several ranks all call each method together, with the same batch."""
 
     def score(self, batch: Batch) -> Scores:
         """Statistics of the batch under the current weights, in the layout in which its updates will run."""
@@ -128,8 +129,8 @@ class EnginePair:
     trainer: Trainer
 
 
-def open_engine(spec: RunSpec, model_folder: Path) -> EnginePair:
-    """The sampler and the trainer that the spec names, both with the model of `model_folder`.
+def open_engine(spec: RunSpec, model_folder: Path, ranks: Ranks = ALONE) -> EnginePair:
+    """The sampler and the trainer that the spec names, both with the model of `model_folder`: those of this rank.
 
     On one device the torch sampler shares the trainer's weights, so an update needs no copy.
     """
@@ -141,7 +142,7 @@ def open_engine(spec: RunSpec, model_folder: Path) -> EnginePair:
 
     set_up_torch(spec.engine)
     model = use_grouped_attention(load_causal_lm(model_folder, spec.model.dtype, spec.engine.device))
-    return EnginePair(TorchSampler(model, spec.engine.sampler_rows), TorchTrainer(model, spec))
+    return EnginePair(TorchSampler(model, spec.engine.sampler_rows), TorchTrainer(model, spec, ranks))
 
 
 def open_sampler(engine: Engine, model: Model, model_folder: Path) -> Sampler:

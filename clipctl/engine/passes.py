@@ -2,10 +2,14 @@
 
 Responses are padded on the right under causal attention, so no padded token is ever seen by a real one. Responses without
 advantage have no gradient: they are only scored, in micro-batches of their own, so that every metric still counts them.
+
+Ranks divide the micro-batches of one layout. Statistics of a token come from the one rank that had it: the others have 0 there,
+and what is summed over ranks has them all, with the bits of that rank.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +19,8 @@ from clipctl.algo import loss_weights
 from clipctl.engine import Scores
 from clipctl.errors import DivergedError
 from clipctl.loss import PolicyLoss, UpdateTokens
-from clipctl.rollout import Batch, microbatches, minibatches
+from clipctl.ranks import ALONE, Ranks
+from clipctl.rollout import Batch, divide, in_step, microbatches, minibatches
 from clipctl.spec import Engine, RunSpec
 from clipctl.statistics import TokenStatistics
 
@@ -29,16 +34,46 @@ def set_up_torch(engine: Engine) -> None:
     torch.set_float32_matmul_precision("highest")
 
 
-def layout(batch: Batch, rows: range, tokens_per_microbatch: int) -> list[tuple[list[int], bool]]:
-    """Micro-batches of the responses with advantage (True), then of those without (False)."""
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One micro-batch on this rank: its place in the layout and its rows; live: with gradient. One that does not count only
+    keeps the ranks in step; what it finds is dropped."""
+
+    place: int
+    part: list[int]
+    live: bool
+    counts: bool
+
+
+def layout(batch: Batch, rows: range, tokens_per_microbatch: int, ranks: Ranks) -> list[tuple[list[int], bool]]:
+    """Micro-batches of the responses with advantage (True), then of those without (False), of all ranks."""
     lengths = lengths_of(batch)
     return [
         (part, live)
         for live in (True, False)
         for part in microbatches(
-            lengths, [row for row in rows if (batch.advantages_R[row] != 0) == live], tokens_per_microbatch
+            lengths,
+            [row for row in rows if (batch.advantages_R[row] != 0) == live],
+            tokens_per_microbatch,
+            ranks.size,
         )
     ]
+
+
+def my_passes(
+    batch: Batch, parts: Sequence[tuple[list[int], bool]], ranks: Ranks, *, together: bool = False
+) -> list[Pass]:
+    """This rank's micro-batches of a layout. Those with advantage, which cost three times as much, are divided by themselves.
+
+    together: as many of each kind for every rank, because each forward and backward pass is an operation of all ranks.
+    """
+    lengths, mine = lengths_of(batch), []
+    for kind in (True, False):
+        places = [place for place, (_, live) in enumerate(parts) if live == kind]
+        divided = divide([parts[place][0] for place in places], lengths, ranks.size)
+        taken = in_step(divided) if together else [[(at, True) for at in rank] for rank in divided]
+        mine += [Pass(places[at], *parts[places[at]], counts) for at, counts in taken[ranks.rank]]
+    return mine
 
 
 def lengths_of(batch: Batch) -> list[int]:
@@ -46,41 +81,65 @@ def lengths_of(batch: Batch) -> list[int]:
     return [len(prompt) + len(response) for prompt, response in zip(batch.prompt_ids, batch.response_ids, strict=True)]
 
 
-def score_batch(batch: Batch, spec: RunSpec, forward: Forward) -> Scores:
+def score_batch(
+    batch: Batch, spec: RunSpec, forward: Forward, ranks: Ranks = ALONE, *, together: bool = False
+) -> Scores:
     """Log-probs and entropies of the batch, in the micro-batches in which its updates will run.
 
     Raises DivergedError where one is not finite.
     """
     ends = np.cumsum(batch.lengths_R)
-    logprob_T = torch.empty(int(ends[-1]))
-    entropy_T = torch.empty(int(ends[-1]))
+    found_2T = torch.zeros(2, int(ends[-1]))
     for rows in minibatches(batch.responses, spec.optim.responses_per_update):
-        for part, _ in layout(batch, rows, spec.engine.tokens_per_microbatch):
+        parts = layout(batch, rows, spec.engine.tokens_per_microbatch, ranks)
+        for mine in my_passes(batch, parts, ranks, together=together):
             with torch.no_grad():
-                statistics = forward(batch, part)
-            at_T = flat_places(ends, batch.lengths_R, part)
-            logprob_T[at_T] = statistics.logprob_T.cpu()
-            entropy_T[at_T] = statistics.entropy_T.cpu()
-    if not bool(torch.isfinite(logprob_T).all() and torch.isfinite(entropy_T).all()):
+                statistics = forward(batch, mine.part)
+            if mine.counts:
+                at_T = flat_places(ends, batch.lengths_R, mine.part)
+                found_2T[0, at_T] = statistics.logprob_T.cpu()
+                found_2T[1, at_T] = statistics.entropy_T.cpu()
+    ranks.sum(found_2T)
+    if not bool(torch.isfinite(found_2T).all()):
         raise DivergedError("a log-probability or entropy of this rollout is not finite; the policy is broken")
-    return Scores(logprob_T, entropy_T)
+    return Scores(found_2T[0], found_2T[1])
 
 
-def score_otherwise(batch: Batch, rows: range, tokens_per_microbatch: int, forward: Forward) -> Tensor:
+def score_otherwise(
+    batch: Batch,
+    rows: range,
+    tokens_per_microbatch: int,
+    forward: Forward,
+    ranks: Ranks = ALONE,
+    *,
+    together: bool = False,
+) -> Tensor:
     """log π of the rows' tokens, flat, in micro-batches half as large as the largest of `score_batch`, or twice where those
     have one response each."""
     lengths = lengths_of(batch)
-    parts = [part for part, _ in layout(batch, rows, tokens_per_microbatch)]
+    parts = [part for part, _ in layout(batch, rows, tokens_per_microbatch, ranks)]
     largest = max(len(part) * max(lengths[row] for row in part) for part in parts)
     budget = largest // 2 if max(map(len, parts)) > 1 else 2 * largest
-    ends = np.cumsum(batch.lengths_R[rows.start : rows.stop])
-    logprob_T = torch.empty(int(ends[-1]))
-    for part in microbatches(lengths, rows, budget):
+    logprob_T = torch.zeros(int(batch.lengths_R[rows.start : rows.stop].sum()))
+    otherwise = [(part, False) for part in microbatches(lengths, rows, budget)]
+    for mine in my_passes(batch, otherwise, ranks, together=together):
         with torch.no_grad():
-            statistics = forward(batch, part)
-        local = [row - rows.start for row in part]
-        logprob_T[flat_places(ends, batch.lengths_R[rows.start : rows.stop], local)] = statistics.logprob_T.cpu()
+            statistics = forward(batch, mine.part)
+        if mine.counts:
+            logprob_T[places_in_update(batch, rows, mine.part)] = statistics.logprob_T.cpu()
+    ranks.sum(logprob_T)
     return logprob_T
+
+
+def sum_statistics(tokens: UpdateTokens, losses: Tensor, ranks: Ranks) -> None:
+    """Puts all ranks' statistics of an optimizer batch's tokens, and the losses of all its micro-batches, on each of them."""
+    if ranks.size == 1:
+        return
+    found = (tokens.logprob_T, tokens.entropy_T, tokens.expected_q_T, losses)
+    flat = torch.cat(found)
+    ranks.sum(flat)
+    for kept, summed in zip(found, torch.split(flat, [len(tensor) for tensor in found]), strict=True):
+        kept.copy_(summed)
 
 
 def update_tokens(batch: Batch, rows: range, old: Scores, spec: RunSpec, device: torch.device) -> UpdateTokens:
@@ -90,9 +149,9 @@ def update_tokens(batch: Batch, rows: range, old: Scores, spec: RunSpec, device:
     start, size = int(batch.lengths_R[: rows.start].sum()), int(lengths_R.sum())
     advantages_R = torch.from_numpy(batch.advantages_R[rows.start : rows.stop])
     return UpdateTokens(
-        logprob_T=torch.empty(size, device=device),
-        entropy_T=torch.empty(size, device=device),
-        expected_q_T=torch.empty(size, device=device),
+        logprob_T=torch.zeros(size, device=device),
+        entropy_T=torch.zeros(size, device=device),
+        expected_q_T=torch.zeros(size, device=device),
         old_logprob_T=old.logprob_T[start : start + size].to(device),
         advantages_T=advantages_R.repeat_interleave(lengths_R).to(device),
         weights_T=weight_R.repeat_interleave(lengths_R).to(device),

@@ -2,6 +2,13 @@
 
 In bfloat16 the forward pass reads a bfloat16 copy, while gradients add up in float32 and the optimizer steps float32 master
 weights.
+
+Of several ranks each has the whole model and optimizer (data parallelism) and does its share of the micro-batches. The loss
+weights are those of the whole optimizer batch, so the gradient is the sum of the ranks' gradients: one all-reduce a step, in
+float32, of buckets whose views the masters' gradients are. torch's DistributedDataParallel would instead average, after each
+backward pass, gradients in the parameters' own type. Log-probs, counts, ledger and loss are those of a single process, bit for
+bit at the same weights; the order in which the gradient adds up depends on the number of ranks. Where there are fewer
+micro-batches than ranks they are cut further: another layout, whose rounding the table `noise` measures.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,41 +27,53 @@ from clipctl.engine.passes import (
     check_finite,
     layout,
     microbatch_loss,
+    my_passes,
     padded,
     places_in_update,
     score_batch,
     score_otherwise,
+    sum_statistics,
     update_tokens,
 )
 from clipctl.engine.torch_probe import TorchProbe, add_gradients
+from clipctl.errors import EngineError
 from clipctl.loss import PolicyLoss, UpdateTokens
+from clipctl.ranks import ALONE, Ranks
 from clipctl.rollout import Batch
 from clipctl.spec import RunSpec
 from clipctl.statistics import TokenStatistics, token_statistics
 
 TRAINER_FILE = "trainer.safetensors"
+BUCKET = 1 << 28
+"""Gradient values that are summed over ranks in one operation."""
 
 
 class TorchTrainer:
-    """Trains `model` (a transformers causal LM with its attention set up) as the spec says."""
+    """Trains `model` (a transformers causal LM with its attention set up) as the spec says, alone or as one of `ranks`."""
 
-    def __init__(self, model: Any, spec: RunSpec) -> None:
+    def __init__(self, model: Any, spec: RunSpec, ranks: Ranks = ALONE) -> None:
         self.model = model
         self.spec = spec
+        self.ranks = ranks
         if spec.engine.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.masters = [_master(parameter) for parameter in self.parameters]
+        self.buckets = _gradient_buckets(self.masters) if ranks.size > 1 else []
         self.optimizer = OPTIMIZERS[spec.optim.optimizer](self.masters, spec.optim)
         self.probe: TorchProbe | None = None
 
     def score(self, batch: Batch) -> Scores:
-        """Log-probs and entropies of the batch, in the micro-batches in which its updates will run."""
-        return score_batch(batch, self.spec, self._forward)
+        """Log-probs and entropies of the batch, in the micro-batches in which its updates will run.
+
+        Raises EngineError where the ranks' weights are not the same any more.
+        """
+        self._check_replicas()
+        return score_batch(batch, self.spec, self._forward, self.ranks)
 
     def score_otherwise(self, batch: Batch, rows: range) -> Tensor:
         """log π of the rows' tokens, flat, in micro-batches of another size than those of `score`."""
-        return score_otherwise(batch, rows, self.spec.engine.tokens_per_microbatch, self._forward)
+        return score_otherwise(batch, rows, self.spec.engine.tokens_per_microbatch, self._forward, self.ranks)
 
     def keep_probe(self, batch: Batch, states: Sequence[tuple[int, int]], saved: Path | None = None) -> None:
         """The states under the weights of now, or as they were saved, to which the steps to come compare theirs."""
@@ -71,8 +91,14 @@ class TorchTrainer:
         tokens = update_tokens(batch, rows, old, spec, self.masters[0].device)
         for master in self.masters:
             master.grad = torch.zeros_like(master) if master.grad is None else master.grad.zero_()
-        done = [self._accumulate(batch, rows, part, tokens, loss, live) for part, live in self._layout(batch, rows)]
-        value = float(sum(done))
+        parts = self._layout(batch, rows)
+        losses = torch.zeros(len(parts), device=self.masters[0].device)
+        for mine in my_passes(batch, parts, self.ranks):
+            losses[mine.place] = self._accumulate(batch, rows, mine.part, tokens, loss, mine.live)
+        sum_statistics(tokens, losses, self.ranks)
+        for bucket in self.buckets:
+            self.ranks.sum(bucket)
+        value = float(sum(losses))
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, spec.optim.grad_clip))
         check_finite(value, norm)
         if measure == "sums":
@@ -85,6 +111,20 @@ class TorchTrainer:
         else:
             self._move()
         return UpdateResult(norm, value, tokens, replace(seen, entropy_after=self.probe.entropy()))
+
+    def _check_replicas(self) -> None:
+        """The weights of all ranks, as sums of their bits: each takes the same step by itself, so they stay the same, or what
+        is stored would be of no policy."""
+        if self.ranks.size == 1:
+            return
+        sums = [int(master.detach().view(torch.int32).sum(dtype=torch.int64)) for master in self.masters]
+        found = self.ranks.gather(sums)
+        differing = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
+        if differing:
+            raise EngineError(
+                f"the weights of rank {', '.join(map(str, differing))} are not those of rank 0 any more: is that the same kind "
+                "of machine? Run the same command again to go on from the last checkpoint"
+            )
 
     def _move(self) -> None:
         """The optimizer's step, and the working copy after it."""
@@ -124,18 +164,22 @@ class TorchTrainer:
         self, batch: Batch, rows: range, tokens: UpdateTokens, loss: PolicyLoss, scale: float
     ) -> dict[str, list[Tensor]]:
         """The gradient of the loss, times `scale`, in the parts of `PolicyLoss.pull`."""
-        parts: dict[str, list[Tensor]] = {}
-        for part, live in self._layout(batch, rows):
-            at_T = places_in_update(batch, rows, part).to(tokens.logprob_T.device)
-            given = (tokens.logprob_T, tokens.old_logprob_T, tokens.advantages_T, tokens.weights_T)
-            logprob_T = self._forward(batch, part).logprob_T if live else None
+        given = (tokens.logprob_T, tokens.old_logprob_T, tokens.advantages_T, tokens.weights_T)
+        names = loss.pull(*(tensor[:0] for tensor in given))
+        parts = {name: [torch.zeros_like(master) for master in self.masters] for name in names}
+        for mine in my_passes(batch, self._layout(batch, rows), self.ranks):
+            if not mine.live:
+                continue
+            at_T = places_in_update(batch, rows, mine.part).to(tokens.logprob_T.device)
+            logprob_T = self._forward(batch, mine.part).logprob_T
             for name, pull_T in loss.pull(*(tensor[at_T] for tensor in given)).items():
-                totals = parts.setdefault(name, [torch.zeros_like(master) for master in self.masters])
-                if logprob_T is not None and bool((pull_T != 0).any()):
+                if bool((pull_T != 0).any()):
                     value = -scale * (pull_T.float() * logprob_T).sum()
                     add_gradients(
-                        totals, torch.autograd.grad(value, self.parameters, retain_graph=True, allow_unused=True)
+                        parts[name], torch.autograd.grad(value, self.parameters, retain_graph=True, allow_unused=True)
                     )
+        for total in (total for totals in parts.values() for total in totals):
+            self.ranks.sum(total)
         return parts
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -143,11 +187,14 @@ class TorchTrainer:
         yield from self.model.named_parameters()
 
     def save(self, folder: Path) -> None:
-        """A transformers folder: safetensors and configuration."""
-        self.model.save_pretrained(folder)
+        """A transformers folder: safetensors and configuration. Written by rank 0: the others have the same."""
+        if self.ranks.rank == 0:
+            self.model.save_pretrained(folder)
 
     def save_state(self, folder: Path, *, probe: bool) -> None:
-        """The optimizer's state, float32 masters where the model has none, the probe's log-probabilities."""
+        """The optimizer's state, float32 masters where the model has none, the probe's log-probabilities; written by rank 0."""
+        if self.ranks.rank:
+            return
         tensors = {
             f"optimizer.{at}.{name}": value
             for at, values in self.optimizer.state_dict()["state"].items()
@@ -175,7 +222,7 @@ class TorchTrainer:
         self.optimizer.load_state_dict(state)
 
     def _layout(self, batch: Batch, rows: range) -> list[tuple[list[int], bool]]:
-        return layout(batch, rows, self.spec.engine.tokens_per_microbatch)
+        return layout(batch, rows, self.spec.engine.tokens_per_microbatch, self.ranks)
 
     def _accumulate(
         self, batch: Batch, rows: range, part: Sequence[int], tokens: UpdateTokens, loss: PolicyLoss, live: bool
@@ -210,6 +257,20 @@ class TorchTrainer:
         hidden_BSD = self.model.model(input_ids=ids_BS.to(device), use_cache=False).last_hidden_state
         rows_T, columns_T, ids_BS = rows_T.to(device), columns_T.to(device), ids_BS.to(device)
         return hidden_BSD[rows_T, columns_T - 1], ids_BS[rows_T, columns_T]
+
+
+def _gradient_buckets(masters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Flat float32 tensors, of which the masters' gradients are made views: summed as they are, without a copy."""
+    buckets, waiting = [], list(masters)
+    while waiting:
+        ends = np.cumsum([master.numel() for master in waiting])
+        taken = waiting[: max(1, int(np.searchsorted(ends, BUCKET, side="right")))]
+        bucket = torch.zeros(int(ends[len(taken) - 1]), device=taken[0].device)
+        for master, gradient in zip(taken, torch.split(bucket, [master.numel() for master in taken]), strict=True):
+            master.grad = gradient.view_as(master)
+        buckets.append(bucket)
+        waiting = waiting[len(taken) :]
+    return buckets
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
