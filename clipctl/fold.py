@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from clipctl.folder import committed, is_odd, list_segments, plain_path, quoted, read_segments, table_of
-from clipctl.schema import FOLDED, SCHEMA_VERSION, arrow_schema
+from clipctl.schema import FOLDED, SCHEMA_VERSION, SUMS, sql_columns, sums_sql
 from clipctl.segments import sync
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def fold(folder: Path) -> None:
             source.execute(f"attach {quoted(built)} as target")
             for table in FOLDED:
                 source.execute(f"create table target.{table} as select * from raw_{table}")
+            source.execute(f"create table target.{SUMS} as {sums_sql('raw_updates', 'raw_probes')}")
             source.execute("create table target.segments (name varchar)")
             if held or new:
                 source.execute("insert into target.segments select unnest(?)", [sorted({*held, *new})])
@@ -70,9 +71,7 @@ def _read_store(source: "duckdb.DuckDBPyConnection", file: Path) -> set[str] | N
     import duckdb
 
     for table in FOLDED:
-        source.register("part", arrow_schema(table).empty_table())
-        source.execute(f"create table raw_{table} as select * from part")
-        source.unregister("part")
+        source.execute(f"create table raw_{table} ({sql_columns(table)})")
     if not file.is_file():
         return set()
     try:

@@ -15,44 +15,50 @@ LAST = 5
 SPARKS = 12
 """Characters of a sparkline."""
 
-ROLLOUTS = f"""
-with r as (select *, max(rollout) over (partition by run_id) - rollout < {LAST} as late from rollouts)
-select run_id, count(*) as rollouts,
-    max(entropy) filter (rollout = 0) as entropy_first,
-    avg(entropy) filter (late) as entropy,
-    avg(entropy_normalized) filter (late) as entropy_normalized,
-    max(reward_mean) filter (rollout = 0) as reward_first,
-    avg(reward_mean) filter (late) as reward,
-    avg(mean_at_group) filter (late) as mean_at_group,
-    avg(pass_at_group) filter (late) as pass_at_group,
-    avg(response_tokens_mean) filter (late) as response_tokens,
-    max(responses // prompts) as group_size,
-    list(entropy order by rollout) as series
-from r group by run_id
+OVERVIEW = f"""
+with r as materialized (
+    select run_id, rollout, entropy, reward_mean, mean_at_group, pass_at_group, response_tokens_mean,
+        responses // prompts as group_size
+    from rollouts
+),
+ends as materialized (select run_id, max(rollout) - {LAST} as early, max(rollout) - {WINDOW} as before from r group by run_id),
+of_rollouts as (
+    select run_id, count(*) as rollouts,
+        max(entropy) filter (rollout = 0) as entropy_first,
+        avg(entropy) filter (rollout > early) as entropy,
+        avg(entropy) filter (rollout > early) / max(entropy) filter (rollout = 0) as entropy_normalized,
+        max(reward_mean) filter (rollout = 0) as reward_first,
+        avg(reward_mean) filter (rollout > early) as reward,
+        avg(mean_at_group) filter (rollout > early) as mean_at_group,
+        avg(pass_at_group) filter (rollout > early) as pass_at_group,
+        avg(response_tokens_mean) filter (rollout > early) as response_tokens,
+        max(group_size) as group_size,
+        list(entropy order by rollout) as series
+    from r join ends using (run_id) group by run_id
+),
+of_updates as (
+    select run_id, 100 * sum(clip_low) / nullif(sum(tokens), 0) as clip_low_percent,
+        100 * sum(clip_high) / nullif(sum(tokens), 0) as clip_high_percent,
+        sum(pg_reward) filter (rollout > before) as pull_reward,
+        sum(pg_clip_low) filter (rollout > before) as pull_clip_low,
+        sum(pg_clip_high) filter (rollout > before) as pull_clip_high,
+        sum(clip_low + clip_high) filter (rollout > before) as clipped,
+        min(eps_low_from) as eps_low_from, max(eps_low_to) as eps_low_to, min(eps_high_from) as eps_high_from,
+        max(eps_high_to) as eps_high_to, sum(probed) filter (rollout > before) as probed,
+        sum(agreed) filter (rollout > before) as agreed
+    from update_sums join ends using (run_id) group by run_id
+),
+evaluated as (
+    select run_id, benchmark, rollout as at_rollout, k, mean_at_k, pass_at_k from evaluations where complete
+    qualify row_number() over (partition by run_id order by rollout desc nulls last, started_at desc, benchmark) = 1
+)
+select r.run_id as run, r.state, r.eps_low, r.eps_high, r.message, r.problem, r.copy_of, a.* exclude (run_id),
+    u.* exclude (run_id), e.* exclude (run_id)
+from runs as r left join of_rollouts as a using (run_id) left join of_updates as u using (run_id)
+    left join evaluated as e using (run_id)
+order by r.created_at, r.run_id
 """
-UPDATES = f"""
-with last as (select run_id, max(rollout) as rollout from rollouts group by run_id)
-select run_id, 100 * sum(u.clip_low) / nullif(sum(u.tokens), 0) as clip_low_percent,
-    100 * sum(u.clip_high) / nullif(sum(u.tokens), 0) as clip_high_percent,
-    sum(pg_reward) filter (late) as pull_reward, sum(pg_clip_low) filter (late) as pull_clip_low,
-    sum(pg_clip_high) filter (late) as pull_clip_high,
-    sum(u.clip_low + u.clip_high) filter (late) as clipped,
-    min(u.eps_low) as eps_low_from, max(u.eps_low) as eps_low_to, min(u.eps_high) as eps_high_from,
-    max(u.eps_high) as eps_high_to
-from (select u.*, last.rollout - u.rollout < {WINDOW} as late from updates as u join last using (run_id)) as u
-group by run_id
-"""
-PROBES = f"""
-with last as (select run_id, max(rollout) as rollout from rollouts group by run_id)
-select run_id, count(*) as probed, sum((sign(ledger_pg) = sign(entropy_change))::int) as agreed
-from probes as p join last using (run_id)
-where last.rollout - p.rollout < {WINDOW} and ledger_pg is not null and entropy_change is not null group by run_id
-"""
-EVALUATED = """
-select run_id, benchmark, rollout as at_rollout, k, mean_at_k, pass_at_k from evaluations where complete
-qualify row_number() over (partition by run_id order by rollout desc nulls last, started_at desc, benchmark) = 1
-"""
-RUNS = """select run_id, state, eps_low, eps_high, message, problem, copy_of from runs order by created_at, run_id"""
+"""One row a run with all that is counted and summed."""
 
 HEADINGS = {
     "eps_low": "ε_low",
@@ -82,14 +88,8 @@ def overview(runs: Runs) -> "pa.Table":
     """
     import pyarrow as pa
 
-    # What the queries below find damaged is told by the one of runs, so that comes last.
-    by_run = {name: _by_run(runs, query) for name, query in _QUERIES.items()}
-    rows = [_row(run, *(by_run[name].get(run["run_id"], {}) for name in _QUERIES)) for run in _rows(runs, RUNS)]
-    table = pa.Table.from_pylist(rows, schema=_schema())
+    table = pa.Table.from_pylist([_row(found) for found in runs.table(OVERVIEW).to_pylist()], schema=_schema())
     return table.drop_columns(["problem"]) if table["problem"].null_count == len(table) else table
-
-
-_QUERIES = {"rollouts": ROLLOUTS, "updates": UPDATES, "probes": PROBES, "evaluated": EVALUATED}
 
 
 def shown(table: "pa.Table") -> "pa.Table":
@@ -110,59 +110,49 @@ def _schema() -> "pa.Schema":
     return pa.schema(list(types.items()))
 
 
-def _row(run: dict[str, Any], rollouts: dict[str, Any], updates: dict[str, Any], probes: dict[str, Any],
-         evaluated: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
-    series = rollouts.get("series") or []
-    problems = [run["problem"], f"a copy of {run['copy_of']}" if run["copy_of"] else None]
+def _row(found: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table from one of OVERVIEW."""
+    series = found["series"] or []
+    problems = [found["problem"], f"a copy of {found['copy_of']}" if found["copy_of"] else None]
     facts = Facts(
-        state=run["state"],
-        message=run["message"] or "",
+        state=found["state"],
+        message=found["message"] or "",
         entropy=series,
-        clipped=int(updates.get("clipped") or 0),
-        eps=_eps(updates),
-        pull=_pull(updates),
-        agreed=int(probes.get("agreed") or 0),
-        probed=int(probes.get("probed") or 0),
+        clipped=int(found["clipped"] or 0),
+        eps=_eps(found),
+        pull=_pull(found),
+        agreed=int(found["agreed"] or 0),
+        probed=int(found["probed"] or 0),
     )
     return {
-        **run, **rollouts, **updates,
-        "run": run["run_id"],
-        "rollouts": rollouts.get("rollouts") or 0,
+        **found,
+        "rollouts": found["rollouts"] or 0,
         "entropy_line": sparkline(series, SPARKS),
         "verdict": verdict(facts),
         "problem": "; ".join(filter(None, problems)) or None,
-        **_correctness(rollouts, evaluated),
-    }  # fmt: skip
+        **_correctness(found),
+    }
 
 
-def _correctness(rollouts: dict[str, Any], evaluated: dict[str, Any]) -> dict[str, Any]:
-    if evaluated:
-        at = "" if evaluated["at_rollout"] is None else f"@{evaluated['at_rollout']}"
-        kept = {name: evaluated[name] for name in ("mean_at_k", "pass_at_k", "k")}
-        return kept | {"measured_on": f"{evaluated['k']}, {evaluated['benchmark']}{at}"}
-    if rollouts.get("mean_at_group") is None:
-        return {"mean_at_k": None, "pass_at_k": None, "k": None, "measured_on": None}
-    size = rollouts["group_size"]
-    means = {"mean_at_k": rollouts["mean_at_group"], "pass_at_k": rollouts["pass_at_group"], "k": size}
+def _correctness(found: dict[str, Any]) -> dict[str, Any]:
+    """mean@k and pass@k of the last evaluation; without one those of the training groups; and which it is."""
+    if found["benchmark"] is not None:
+        at = "" if found["at_rollout"] is None else f"@{found['at_rollout']}"
+        return {"measured_on": f"{found['k']}, {found['benchmark']}{at}"}
+    if found["mean_at_group"] is None:
+        return {"measured_on": None}
+    size = found["group_size"]
+    means = {"mean_at_k": found["mean_at_group"], "pass_at_k": found["pass_at_group"], "k": size}
     return means | {"measured_on": f"{size}, training groups"}
 
 
-def _pull(updates: dict[str, Any]) -> dict[str, float]:
-    if updates.get("pull_reward") is None:
+def _pull(found: dict[str, Any]) -> dict[str, float]:
+    if found["pull_reward"] is None:
         return {}
-    return dict(zip(PULLS, (updates[f"pull_{column}"] for column in ("reward", "clip_low", "clip_high")), strict=True))
+    return dict(zip(PULLS, (found[f"pull_{column}"] for column in ("reward", "clip_low", "clip_high")), strict=True))
 
 
-def _eps(updates: dict[str, Any]) -> tuple[float, float, float, float] | None:
-    values = [updates.get(name) for name in ("eps_low_from", "eps_low_to", "eps_high_from", "eps_high_to")]
+def _eps(found: dict[str, Any]) -> tuple[float, float, float, float] | None:
+    values = [found[name] for name in ("eps_low_from", "eps_low_to", "eps_high_from", "eps_high_to")]
     low_from, low_to, high_from, high_to = (math.nan if value is None else float(value) for value in values)
     return None if None in values else (low_from, low_to, high_from, high_to)
-
-
-def _rows(runs: Runs, query: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = runs.table(query).to_pylist()
-    return rows
-
-
-def _by_run(runs: Runs, query: str) -> dict[str, dict[str, Any]]:
-    return {row["run_id"]: row for row in _rows(runs, query)}

@@ -26,7 +26,7 @@ GAPS = {
 }
 """The left sides of inequalities (7) and (8): a sum and the mass it is divided by."""
 
-_KEYS = {"run_id": "string", "attempt": "int32"}
+KEYS = {"run_id": "string", "attempt": "int32"}
 
 TABLES: dict[str, dict[str, str]] = {
     "rollouts": {
@@ -191,6 +191,18 @@ TABLES: dict[str, dict[str, str]] = {
     "events": {"time": "timestamp", "rollout": "int64", "kind": "string", "message": "string", "data": "string"},
 }
 
+SUMS = "update_sums"
+"""The updates of each rollout together, with the probes in which the ledger was right: made of both when a run is folded, so
+that an overview of many long runs need not read every update."""
+
+_SUMS = {
+    "rollout": "int64",
+    **dict.fromkeys(("tokens", "clip_low", "clip_high"), "int64"),
+    **dict.fromkeys(TERMS[:3], "float64"),
+    **dict.fromkeys(("eps_low_from", "eps_low_to", "eps_high_from", "eps_high_to"), "float64"),
+    **dict.fromkeys(("probed", "agreed"), "int64"),
+}
+
 FOLDED = ("rollouts", "updates", "histograms", "samples", "probes", "noise", "events", "evaluations", "evals")
 """Tables that move into metrics.duckdb."""
 
@@ -202,6 +214,30 @@ BY_ITSELF = ("events", "evaluations", "evals", "eval_texts")
 
 EVALUATION = "evaluation"
 """`kind` in the spec.json and status.json of an evaluation's folder."""
+
+
+_SQL = {"string": "varchar", "int32": "integer", "int64": "bigint", "float32": "float", "float64": "double", "bool": "boolean",
+        "timestamp": "timestamp"}  # fmt: skip
+
+
+def sql_columns(table: str) -> str:
+    """Names and types of a table's columns, as `create table` takes them."""
+    columns = KEYS | (_SUMS if table == SUMS else TABLES[table])
+    return ", ".join(f"{name} {_SQL[kind]}" for name, kind in columns.items())
+
+
+def sums_sql(updates: str, probes: str) -> str:
+    """The query that makes the rows of SUMS of these two relations."""
+    total, change = "(u.pg_reward + u.pg_clip_low + u.pg_clip_high)", "(p.entropy_after_sum - p.entropy_before_sum)"
+    return f"""select u.run_id, u.attempt, u.rollout,
+        {", ".join(f"sum(u.{name})::bigint as {name}" for name in ("tokens", "clip_low", "clip_high"))},
+        {", ".join(f"sum(u.{name}) as {name}" for name in TERMS[:3])},
+        min(u.eps_low) as eps_low_from, max(u.eps_low) as eps_low_to,
+        min(u.eps_high) as eps_high_from, max(u.eps_high) as eps_high_to,
+        count({total} + {change}) as probed, count(*) filter (sign({total}) = sign({change})) as agreed
+        from {updates} as u left join {probes} as p
+            on u.run_id = p.run_id and u.attempt = p.attempt and u.rollout = p.rollout and u.inner_step = p.inner_step
+        group by all"""
 
 
 def arrow_schema(table: str) -> "pa.Schema":
@@ -217,5 +253,5 @@ def arrow_schema(table: str) -> "pa.Schema":
         "bool": pa.bool_(),
         "timestamp": pa.timestamp("us"),
     }
-    fields = [pa.field(name, types[kind]) for name, kind in (_KEYS | TABLES[table]).items()]
+    fields = [pa.field(name, types[kind]) for name, kind in (KEYS | TABLES[table]).items()]
     return pa.schema(fields, metadata={"clipctl_schema_version": str(SCHEMA_VERSION)})

@@ -5,28 +5,17 @@ Sums and counts are stored, the views make the means; empty is NULL, never NaN.
 
 from collections.abc import Sequence
 
-from clipctl.schema import GAPS, LEDGER, MASSES, NETWORK
-
-
-def _current(table: str) -> str:
-    """Rows of a raw table without those that a later attempt has done again."""
-    return (
-        f"(select * from raw_{table} as t where not exists (select 1 from resumes as r where r.run_id = t.run_id "
-        "and r.attempt > t.attempt and t.rollout >= r.resumed_at))"
-    )
+from clipctl.schema import GAPS, LEDGER, MASSES, NETWORK, SUMS
 
 
 def _evaluated(table: str) -> str:
-    """Rows of an evaluation table with the evaluation's id and the run that was evaluated, without what a later attempt of
-    a run trained anew. folder_id: where they are stored."""
+    """Rows of an evaluation table with the evaluation's id and the run that was evaluated. folder_id: where they are stored."""
     return f"""(select t.* exclude (run_id), t.run_id as folder_id, f.eval_id is not null as in_folder,
         case when f.eval_id is null then t.run_id else f.run_id end as run_id,
         case when f.eval_id is null then t.run_id || '@' || t.rollout else f.eval_id end as eval_id,
         f.path, f.problem, coalesce(f.message, '') as message,
         case when f.eval_id is null then 'finished' else f.state end as state
-        from raw_{table} as t left join evaluation_folders as f on f.eval_id = t.run_id
-        where not exists (select 1 from resumes as r where r.run_id = t.run_id
-            and r.attempt > t.attempt and t.rollout > r.resumed_at))"""
+        from raw_{table} as t left join evaluation_folders as f on f.eval_id = t.run_id)"""
 
 
 EVALUATIONS = f"""(select * from {_evaluated("evaluations")}
@@ -56,7 +45,7 @@ def _fitted(aggregate: str, name: str) -> str:
 
 
 VIEWS: dict[str, str] = {
-    "rollouts": f"""create view rollouts as select
+    "rollouts": """create view rollouts as select
         run_id, attempt, rollout, time, prompts, responses, tokens,
         reward_sum / responses as reward_mean,
         correct / nullif(graded, 0) as mean_at_group,
@@ -72,7 +61,7 @@ VIEWS: dict[str, str] = {
         seconds_sample, seconds_reward, seconds_score, seconds_update,
         reward_sum, reward_sq_sum, graded, correct, groups_correct, no_answer, grader_failures, responses_scored,
         tokens_scored, entropy_response_sum, entropy_token_sum, mismatch_sum
-        from {_current("rollouts")}""",
+        from raw_rollouts""",
     "updates": f"""create view updates as select
         run_id, attempt, rollout, inner_step, loss, grad_norm, lr, responses, tokens, tokens_advantage, eps_low, eps_high,
         clip_low, clip_high, ratio_low, ratio_high, ratio_min, ratio_max, noise_max,
@@ -90,8 +79,9 @@ VIEWS: dict[str, str] = {
         npg_reward + npg_clip_low + npg_clip_high as npg_total,
         {", ".join(f"{total} / nullif({mass}, 0) as {gap}" for gap, (total, mass) in GAPS.items())},
         ratio_sum, kl_sum, entropy_token_sum
-        from {_current("updates")}""",
-    "histograms": f"create view histograms as select * from {_current('histograms')}",
+        from raw_updates""",
+    SUMS: f"create view {SUMS} as select * from raw_{SUMS}",
+    "histograms": "create view histograms as select * from raw_histograms",
     "probes": f"""create view probes as select
         p.run_id, p.attempt, p.rollout, p.inner_step, states,
         entropy_before_sum / states as entropy_before, entropy_after_sum / states as entropy_after,
@@ -114,7 +104,7 @@ VIEWS: dict[str, str] = {
     },
         {", ".join(f"{kind}_{name}" for kind in ("exact", "sampled") for name in MASSES)},
         entropy_before_sum, entropy_after_sum
-        from {_current("probes")} as p left join updates as u using (run_id, attempt, rollout, inner_step)""",
+        from raw_probes as p left join updates as u using (run_id, attempt, rollout, inner_step)""",
     # The probes are read once for all three predictors, and rows are summed before anything is joined to them.
     "predictions": f"""create view predictions as with found as materialized (
         select run_id, {
@@ -154,12 +144,12 @@ VIEWS: dict[str, str] = {
     + """) select s.* exclude (predictor), coalesce(probed, 0) as probed, sign_agreement, correlation,
         case when s.predictor = 'network_total' then slope end as slope
         from summed as s left join predicted as p on p.run_id = s.run_id and p.predictor = s.predictor""",
-    "noise": f"create view noise as select * from {_current('noise')}",
-    "questions": f"create view questions as select * from {_current('questions')}",
-    "texts": f"create view texts as select * from {_current('texts')}",
-    "samples": f"""create view samples as select s.*, x.text from {_current("samples")} as s
+    "noise": "create view noise as select * from raw_noise",
+    "questions": "create view questions as select * from raw_questions",
+    "texts": "create view texts as select * from raw_texts",
+    "samples": """create view samples as select s.*, x.text from raw_samples as s
         left join raw_texts as x using (run_id, attempt, rollout, position, sample)""",
-    "tokens": f"create view tokens as select * from {_current('tokens')}",
+    "tokens": "create view tokens as select * from raw_tokens",
     "evaluations": f"""create view evaluations as
         with per_problem as (
             select folder_id, rollout, benchmark, position, count(*) as samples, sum(correct::int) as correct,
@@ -187,6 +177,5 @@ VIEWS: dict[str, str] = {
         from {EVALS} as e left join raw_eval_texts as x on x.run_id = e.folder_id and x.attempt = e.attempt
             and x.rollout is not distinct from e.rollout and x.benchmark = e.benchmark and x.position = e.position
             and x.sample = e.sample""",
-    "events": "create view events as select time, run_id, attempt, rollout, kind, message, data::json as data "
-    f"from {_current('events')}",
+    "events": "create view events as select time, run_id, attempt, rollout, kind, message, data::json as data from raw_events",
 }

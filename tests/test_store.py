@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -23,8 +24,9 @@ from clipctl.errors import SpecError, StoreError
 from clipctl.fold import fold
 from clipctl.folder import list_segments, state_of
 from clipctl.journal import RunWriter, create_run
+from clipctl.lock import lock_run
 from clipctl.metrics import METRICS
-from clipctl.schema import SCHEMA_VERSION, SHARDS, TABLES
+from clipctl.schema import SCHEMA_VERSION, SHARDS, SUMS, TABLES
 from clipctl.segments import digest
 from clipctl.spec import load_spec, spec_json
 from clipctl.store import Runs, open_runs
@@ -587,6 +589,50 @@ def test_evaluations_of_what_was_trained_anew_are_hidden(writer: RunWriter) -> N
         assert runs.sql("select count(*) from evals").fetchall() == [(3,)]
 
 
+SUMMED = """select run_id, u.rollout, sum(tokens), sum(clip_low), sum(clip_high), sum(u.pg_reward), sum(pg_clip_low),
+    sum(pg_clip_high), min(eps_low), max(eps_low), min(eps_high), max(eps_high), count(ledger_pg + entropy_change),
+    count(*) filter (sign(ledger_pg) = sign(entropy_change))
+    from updates as u left join probes using (run_id, attempt, rollout, inner_step) group by all order by all"""
+
+
+def test_sums_of_updates_are_those_of_the_updates_wherever_they_are(writer: RunWriter) -> None:
+    """Folded, in a journal, of an earlier fold without sums, and done again by a later attempt."""
+    for rollout in range(3):
+        write(writer, rollout)
+    writer.close("interrupted", "")
+    with duckdb.connect(str(writer.folder / "metrics.duckdb")) as store:
+        assert store.sql(f"select count(*) from {SUMS}").fetchall() == [(3,)]
+        store.execute("update updates set tokens = tokens + 1")
+    later = RunWriter(writer.folder, SPEC, "tiny", lock_run(writer.folder), before=writer._status, resumed_at=2)
+    write(later, 2)
+    write(later, 3)
+    query = f"select * exclude (attempt) from {SUMS} order by all"
+    with open_runs(writer.folder) as runs:
+        held, made = runs.sql(query).fetchall(), runs.sql(SUMMED).fetchall()
+    assert [row[1] for row in made] == [0, 1, 2, 3]
+    assert [row[2] - 3 for row in made[:2]] == [row[2] for row in held[:2]], "a store's sums are made when it is folded"
+    assert_equal_rows(held[2:], made[2:])
+    with duckdb.connect(str(writer.folder / "metrics.duckdb")) as store:
+        store.execute(f"drop table {SUMS}")
+    later.close("finished", "")
+    assert sum(row[-2] for row in made) == 8
+    with open_runs(writer.folder) as runs:
+        assert_equal_rows(runs.sql(query).fetchall(), made)
+        assert_equal_rows(runs.sql(SUMMED).fetchall(), made)
+    with duckdb.connect(str(writer.folder / "metrics.duckdb")) as store:
+        store.execute(f"drop table {SUMS}")
+    with open_runs(writer.folder) as runs:
+        assert_equal_rows(runs.sql(query).fetchall(), made)
+
+
+def assert_equal_rows(found: list[tuple[Any, ...]], wanted: list[tuple[Any, ...]]) -> None:
+    """Equal, but for the order in which numbers were added."""
+    assert len(found) == len(wanted)
+    for one, other in zip(found, wanted, strict=True):
+        assert one[0] == other[0]
+        assert one[1:] == pytest.approx(other[1:], rel=1e-14)
+
+
 def test_runs_is_a_public_name() -> None:
     import clipctl
 
@@ -606,11 +652,11 @@ def test_a_damaged_journal_is_not_folded_away(writer: RunWriter) -> None:
 @pytest.mark.parametrize("closes_at", [1, 2])
 def test_a_fold_while_reading_loses_nothing(writer: RunWriter, monkeypatch: pytest.MonkeyPatch, closes_at: int) -> None:
     """The run ends between any two steps of the reader: all its rows are seen."""
-    import clipctl.store as store
+    from clipctl import raw
 
     for rollout in range(3):
         write(writer, rollout)
-    real, calls = store.read_segments, [0]
+    real, calls = raw.read_segments, [0]
 
     def close_then_read(*arguments: Any) -> Any:
         calls[0] += 1
@@ -618,7 +664,7 @@ def test_a_fold_while_reading_loses_nothing(writer: RunWriter, monkeypatch: pyte
             writer.close("finished", "")
         return real(*arguments)
 
-    monkeypatch.setattr(store, "read_segments", close_then_read)
+    monkeypatch.setattr(raw, "read_segments", close_then_read)
     with open_runs(writer.folder) as runs:
         for _ in range(2):
             assert runs.sql("select count(*) from rollouts").fetchall() == [(3,)]

@@ -1,16 +1,20 @@
-"""What looking at many runs costs: the overview as a whole process, and an aggregate over token rows against pandas.
+"""What looking at many runs costs: views and charts as whole processes, and an aggregate over token rows against pandas.
 
     python tests/bench/bench_analyze.py overview [--runs 200 --rollouts 500 --updates 16]
+    python tests/bench/bench_analyze.py what-if [the same]
+    python tests/bench/bench_analyze.py charts [the same]
     python tests/bench/bench_analyze.py tokens [--rows 100000000]
 
 Runs are generated in a temporary folder as a finished run leaves them. `overview` is `clipctl analyze` from start to exit,
-every line of output included, the median of three. `tokens` groups by outcome of clipping the mean entropy of all token
-rows; clipctl and pandas take turns on the same Parquet files, pandas reading only the columns that it needs.
+every line of output included, the median of three; `what-if` and `charts` are other views of such runs. `tokens` groups
+by outcome of clipping the mean entropy of all token rows; clipctl and pandas take turns on the same Parquet files, pandas
+reading only the columns that it needs.
 """
 
 import argparse
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,7 +23,6 @@ from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
-import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -58,50 +61,90 @@ def start(root: Path, name: str, seed: int) -> RunWriter:
     return create_run(root, name, spec_json(load_spec("tiny", {"run.seed": seed})), "tiny")
 
 
-def generate_runs(root: Path, runs: int, rollouts: int, updates: int) -> None:
-    rng = np.random.default_rng(0)
-    attempt = np.zeros(rollouts, dtype=np.int32)
-    place = np.arange(rollouts)
-    for number in range(runs):
-        name = f"run-{number:03d}"
-        writer = start(root, name, number)
-        writer.close("finished", "")
-        entropy = 100 * np.exp(-place / 300) + rng.random(rollouts)
-        rows = {
-            "rollouts": columns(
-                rng, "rollouts", rollouts, name, attempt=attempt, rollout=place,
-                entropy_response_sum=entropy, responses_scored=np.full(rollouts, 64),
-            ),
-            "updates": columns(
-                rng, "updates", rollouts * updates, name, attempt=np.repeat(attempt, updates),
-                rollout=np.repeat(place, updates), inner_step=np.tile(np.arange(updates), rollouts),
-            ),
+def journal_rows(journal: Path, table: str, rows: pa.Table) -> None:
+    """All rows of a table as one segment of the journal, as if of rollout 0."""
+    write_segment(
+        journal, f"{table}-000-000000", table, {name: rows[name].combine_chunks() for name in rows.column_names}
+    )
+
+
+def generate_run(root: Path, name: str, seed: int, rollouts: int, updates: int, bins: int = 0) -> Path:
+    """A finished run: every update, a probe a rollout, and, for what-if, `bins` bins of the ratio an update."""
+    rng = np.random.default_rng(seed)
+    writer = start(root, name, seed)
+    place, of_update = np.arange(rollouts), np.repeat(np.arange(rollouts), updates)
+    steps = np.tile(np.arange(updates), rollouts)
+    entropy = 100 * np.exp(-place / 300) + rng.random(rollouts)
+    given: dict[str, dict[str, np.ndarray]] = {
+        "updates": {"rollout": of_update, "inner_step": steps},
+        "probes": {"rollout": place, "inner_step": np.full(rollouts, updates - 1)},
+        "rollouts": {"rollout": place, "entropy_response_sum": entropy, "responses_scored": np.full(rollouts, 64)},
+    }
+    if bins:
+        edges = np.geomspace(0.1, 10, bins // 2 + 1)
+        given["histograms"] = {
+            "rollout": np.repeat(of_update, bins), "inner_step": np.repeat(steps, bins),
+            "advantage_sign": np.tile([-1, 1], len(steps) * bins // 2),
+            "ratio_from": np.tile(np.repeat(edges[:-1], 2), len(steps)),
+            "ratio_to": np.tile(np.repeat(edges[1:], 2), len(steps)),
         }  # fmt: skip
-        with duckdb.connect(str(writer.folder / "metrics.duckdb")) as store:
-            for table, part in rows.items():
-                store.register("part", part)
-                store.execute(f"insert into {table} by name select * from part")
-                store.unregister("part")
+    for table in sorted(given, key=lambda table: table == "rollouts"):
+        size = len(given[table]["rollout"])
+        of_run = {"attempt": np.zeros(size, dtype=np.int32), **given[table]}
+        journal_rows(writer.folder / "journal", table, columns(rng, table, size, name, **of_run))
+    writer.close("finished", "")
+    return writer.folder
+
+
+def generate_runs(root: Path, runs: int, rollouts: int, updates: int, bins: int = 0) -> None:
+    """As many runs; with bins, which take long to make, all but the first have the rows of the first."""
+    first = generate_run(root, "run-000", 0, rollouts, updates, bins)
+    for number in range(1, runs):
+        if not bins:
+            generate_run(root, f"run-{number:03d}", number, rollouts, updates)
+            continue
+        writer = start(root, f"run-{number:03d}", number)
+        writer.close("finished", "")
+        shutil.copy(first / "metrics.duckdb", writer.folder / "metrics.duckdb")
 
 
 def overview(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as place:
-        root = Path(place) / "runs"
-        generate_runs(root, options.runs, options.rollouts, options.updates)
-        command = [sys.executable, "-m", "clipctl", "analyze", str(root), "--format", options.format]
-        seconds, busy, peak = [], [], 0
-        for _ in range(3):
-            started = perf_counter()
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-            _, status, usage = os.wait4(process.pid, 0)
-            assert status == 0, status
-            seconds.append(perf_counter() - started)
-            busy.append(usage.ru_utime + usage.ru_stime)
-            peak = max(peak, usage.ru_maxrss)
-        print(
-            f"{options.runs} runs × {options.rollouts} rollouts × {options.updates} updates: "
-            f"{statistics.median(seconds):.2f} s, {statistics.median(busy):.2f} s of processor time, peak {peak / 1024:.0f} MB"
-        )
+        generate_runs(Path(place), options.runs, options.rollouts, options.updates)
+        timed(options, [place, "--format", options.format])
+
+
+def whatif(options: argparse.Namespace) -> None:
+    """Bins as many as runs of the preset `tiny` have."""
+    with tempfile.TemporaryDirectory() as place:
+        generate_runs(Path(place), options.runs, options.rollouts, options.updates, bins=56)
+        timed(options, [place, "--view", "what-if", "--format", options.format])
+
+
+def charts(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        generate_runs(Path(place), options.runs, options.rollouts, options.updates)
+        for view in ("overview", "entropy", "clip", "ledger", "compare"):
+            timed(options, [place, "--view", view, "--plot", f"{place}/{view}.svg", "--format", "csv"], view)
+
+
+def timed(options: argparse.Namespace, arguments: list[str], what: str = "") -> None:
+    """`clipctl analyze` as whole processes: the median of three."""
+    command = [sys.executable, "-m", "clipctl", "analyze", *arguments]
+    seconds, busy, peak = [], [], 0
+    for _ in range(options.repeats):
+        started = perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0, status
+        seconds.append(perf_counter() - started)
+        busy.append(usage.ru_utime + usage.ru_stime)
+        peak = max(peak, usage.ru_maxrss)
+    print(
+        f"{what or options.what}, {options.runs} runs × {options.rollouts} rollouts × {options.updates} updates: "
+        f"{statistics.median(seconds):.2f} s, {statistics.median(busy):.2f} s of processor time, peak {peak / 1024:.0f} MB",
+        flush=True,
+    )
 
 
 def generate_tokens(root: Path, rows: int) -> None:
@@ -173,7 +216,7 @@ def one(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["overview", "tokens", "one"])
+    parser.add_argument("what", choices=["overview", "what-if", "charts", "tokens", "one"])
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--rollouts", type=int, default=500)
     parser.add_argument("--updates", type=int, default=16)
@@ -183,4 +226,4 @@ if __name__ == "__main__":
     parser.add_argument("--way", choices=["clipctl", "pandas"])
     parser.add_argument("--root", type=Path)
     chosen = parser.parse_args()
-    {"overview": overview, "tokens": tokens, "one": one}[chosen.what](chosen)
+    {"overview": overview, "what-if": whatif, "charts": charts, "tokens": tokens, "one": one}[chosen.what](chosen)
