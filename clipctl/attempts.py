@@ -86,7 +86,17 @@ def spec_changes(before: RunSpec, now: RunSpec, may_change: tuple[str, ...] = MA
 def _refuse_other_folders(folder: Path) -> None:
     if not folder.is_dir() or is_evaluation(folder):
         raise SpecError(f"run.name: {folder} is no run; choose another --name")
-    ours = {".lock", ".claim", ".status.json", ".spec.json", "status.json", "journal", "checkpoints"}
+    ours = {
+        ".lock",
+        ".claim",
+        ".stalled",
+        "..stalled",
+        ".status.json",
+        ".spec.json",
+        "status.json",
+        "journal",
+        "checkpoints",
+    }
     others = sorted({entry.name for entry in folder.iterdir()} - ours)
     if others and not (folder / "spec.json").exists():
         raise SpecError(f"run.name: {folder} is no run (it has {others[0]} and no spec.json); choose another --name")

@@ -223,6 +223,19 @@ def sweep(
     jobs: Annotated[
         int, typer.Option(min=1, help="Runs at once; cores and GPUs are divided among them. On Slurm: of the array.")
     ] = 1,
+    launcher: Annotated[
+        Literal["local", "slurm"], typer.Option(help="This machine, or an array of Slurm jobs that requeue themselves.")
+    ] = "local",
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="An option of sbatch: time=4:00:00, partition=..., gres=gpu:1, mem=32G."
+        ),
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="With slurm: until all runs have ended.")] = False,
+    print_script: Annotated[
+        bool, typer.Option("--print-script", help="With slurm: a script for sbatch instead of submitting.")
+    ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run those again that failed.")] = False,
     name: Annotated[str | None, typer.Option(help="Folder of the sweep; without it made from what is swept.")] = None,
     runs_dir: RunsDir = Path("runs"),
@@ -238,6 +251,8 @@ def sweep(
 
     if (preset is None) == (spec is None):
         raise SpecError("sweep: give one of --preset NAME and --spec FILE")
+    if launcher == "local" and (slurm or wait or print_script):
+        raise SpecError("--slurm, --wait and --print-script: only with --launcher slurm")
     described = resolve_sweep(
         preset_sweep(preset) if preset is not None else file_sweep(Path(str(spec))),
         dict(parse_assignment(text) for text in assignments or ()),
@@ -253,6 +268,22 @@ def sweep(
         from clipctl.sweep import table_lines
 
         print("\n".join(table_lines(place_members(runs_dir, folder.name, members))))
+        return
+    if launcher == "slurm":
+        from clipctl import slurm as cluster
+
+        options = cluster.parse_options(slurm or (), described.slurm)
+        with planning(runs_dir):
+            placed = place_members(runs_dir, folder.name, members)
+            record_sweep(runs_dir, folder.name, described, placed)
+            if print_script:
+                print(cluster.print_script(folder, placed, jobs, options, retry_failed=retry_failed))
+                return
+            queued = cluster.submit(folder, placed, jobs, options, retry_failed=retry_failed)
+        print("\n".join(cluster.queue_lines(placed, queued)), file=sys.stderr, flush=True)
+        if wait:
+            cluster.wait_for_runs(folder, placed, lambda line: print(line, file=sys.stderr, flush=True))
+        print(folder)
         return
     with planning(runs_dir):
         placed = place_members(runs_dir, folder.name, members)

@@ -347,7 +347,7 @@ def _text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "-".join(map(_text, value))
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:g}".replace("e+", "e")
     return str(value).lower() if isinstance(value, bool) else str(value).rstrip("/").rsplit("/", 1)[-1]
 
 

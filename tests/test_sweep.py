@@ -23,7 +23,7 @@ from clipctl.train import train
 from runs import assert_same
 
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-TINY = {"run.steps": 2, "rollout.prompts": 4, "rollout.group_size": 4, "rollout.max_response_tokens": 8,
+TINY = {"run.steps": 2, "rollout.prompts": 4, "rollout.group_size": 4, "rollout.max_response_tokens": 14,
         "data.arith.problems": 64, "optim.responses_per_update": 8, "optim.lr": 1e-3, "ledger.probe_states": 0,
         "ledger.network_every": 0}  # fmt: skip
 """A run of a second."""
@@ -310,9 +310,9 @@ def test_a_run_that_fails_costs_itself_alone(tmp_path: Path) -> None:
     assert [state for state, _ in states(folder).values()] == ["finished", "finished", "diverged", "diverged"]
     last = errors.strip().splitlines()[-1]
     assert last.startswith(
-        "clipctl: 2 of 4 runs failed: lr1e+38-0, lr1e+38-1; see runs/s/logs; --retry-failed runs them again"
+        "clipctl: 2 of 4 runs failed: lr1e38-0, lr1e38-1; see runs/s/logs; --retry-failed runs them again"
     )
-    assert "lr1e+38-0: failed (exit code 5): " in errors
+    assert "lr1e38-0: failed (exit code 5): " in errors
     # The same command again has nothing to do and says so.
     code, errors = ended(started(tmp_path, _without_lr(), *grid))
     assert (code, errors.count(": failed before: "), "starts" in errors) == (9, 2, False)

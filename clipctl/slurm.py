@@ -1,0 +1,330 @@
+"""`clipctl sweep --launcher slurm`: an array of jobs, a run each, that requeue themselves until their runs are finished.
+
+submitit submits and starts the jobs; it lets SIGTERM pass, so the run itself answers to it, and to the signal before the time
+limit, by saving and exiting with 75, upon which the job asks to be requeued. How a run stands is read from its own files;
+of Slurm only the queue is asked, so that what waits in it is not submitted twice.
+"""
+
+import json
+import math
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipctl.errors import DependencyError, EngineError, Preempted, SpecError, StoreError, SweepFailed
+from clipctl.segments import write_whole
+from clipctl.sweep_folder import Placed
+
+if TYPE_CHECKING:
+    from submitit.core.utils import DelayedSubmission
+
+LOOK_SECONDS = 10.0
+"""Between two looks at runs and queue."""
+STALLS = 5
+"""Attempts in a row without progress after which a job is not requeued any more."""
+TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
+OURS = ("array", "signal", "requeue", "open_mode", "output", "error")
+"""Options of sbatch that the launcher sets."""
+Options = Mapping[str, str | int | bool]
+
+
+# --- in the job -------------------------------------------------------------------------------------------------------
+
+
+class SlurmRun:
+    """What submitit calls: a run as a job."""
+
+    def __call__(self, command: Sequence[str], folder: Path) -> None:
+        """Runs `clipctl` with these arguments in this process, which is the one that Slurm signals. folder: of the run.
+
+        Raises EngineError where it failed, SystemExit after the job was requeued.
+        """
+        # The signal that was asked for says when the time is nearly over; a second source would be a second request.
+        os.environ.pop("SLURM_JOB_END_TIME", None)
+        before = latest_place(folder)
+        code = run_here(command)
+        if code == Preempted.exit_code and os.environ.get("SLURM_PROCID", "0") == "0":
+            stalled = count_stalls(folder, before != latest_place(folder))
+            if stalled >= STALLS:
+                raise EngineError(
+                    f"{folder.name}: {stalled} attempts in a row made no progress; give a longer --slurm time"
+                )
+            requeue(os.environ)
+        if code == Preempted.exit_code:
+            sys.exit(code)
+        if code not in (0, 8):
+            raise EngineError(f"{folder.name}: failed with exit code {code}")
+
+    def checkpoint(self, command: Sequence[str], folder: Path) -> "DelayedSubmission":
+        """What submitit requeues where a signal comes before the run answers to it."""
+        from submitit.core.utils import DelayedSubmission
+
+        return DelayedSubmission(self, command, folder)
+
+
+def run_here(command: Sequence[str]) -> int:
+    """Exit code of `clipctl` with these arguments, in this process."""
+    sys.argv = ["clipctl", *command]
+    try:
+        runpy.run_module("clipctl", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def job_id(environment: Mapping[str, str]) -> str:
+    """Of this job, as scontrol takes it."""
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment["SLURM_JOB_ID"]
+
+
+def requeue(environment: Mapping[str, str]) -> None:
+    """Puts this job back into the queue. Raises EngineError where Slurm refuses."""
+    done = subprocess.run(["scontrol", "requeue", job_id(environment)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise EngineError(
+            f"job {job_id(environment)} cannot be requeued: {_one_line(done.stderr)}; submit the sweep again"
+        )
+
+
+def latest_place(folder: Path) -> str:
+    """Name of the newest checkpoint; empty where there is none."""
+    try:
+        return (folder / "checkpoints" / "latest").read_text().strip()
+    except OSError:
+        return ""
+
+
+def count_stalls(folder: Path, progress: bool) -> int:
+    """Attempts without progress up to this one, kept in the run's folder."""
+    file = folder / ".stalled"
+    before = file.read_text() if file.exists() else ""
+    stalled = 0 if progress else int(before or 0) + 1
+    write_whole(file, str(stalled).encode())
+    return stalled
+
+
+# --- where it is submitted --------------------------------------------------------------------------------------------
+
+
+def parse_options(texts: Sequence[str], of_file: Options) -> dict[str, str | int | bool]:
+    """Options of sbatch: those of the sweep file, and `KEY=VALUE` of --slurm over them; a KEY alone is a switch.
+
+    Raises SpecError for what is no option, for those that the launcher sets, and without a time limit.
+    """
+    options: dict[str, str | int | bool] = {_key(key): value for key, value in of_file.items()}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not re.fullmatch(r"[a-z][a-z_-]*", key) or (equals and not value):
+            raise SpecError(f"--slurm: {text!r} is not KEY=VALUE, such as partition=gpu, time=4:00:00 or gres=gpu:1")
+        options[_key(key)] = value if equals else True
+    for key in OURS:
+        if key in options:
+            raise SpecError(f"--slurm: {key} is set by the launcher; runs at once are --jobs")
+    if "time" not in options:
+        raise SpecError(
+            "--slurm: time is missing; give the limit of a job, such as --slurm time=4:00:00; runs go on in the next"
+        )
+    seconds_of(str(options["time"]))
+    return {key: value for key, value in options.items() if value is not False}
+
+
+def _key(key: str) -> str:
+    return key.replace("-", "_")
+
+
+def seconds_of(limit: str) -> float:
+    """A time limit of Slurm in seconds: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes,
+    days-hours:minutes:seconds. Raises SpecError for anything else."""
+    found = TIME.fullmatch(limit)
+    if found is None:
+        raise SpecError(f"--slurm: time = {limit!r} is no time limit, such as 90 (minutes), 4:00:00 or 1-12:00:00")
+    first, second, third = (int(found[part] or 0) for part in ("first", "second", "third"))
+    if found["days"]:
+        return 86400 * int(found["days"]) + 3600 * first + 60 * second + third
+    if found["third"]:
+        return 3600 * first + 60 * second + third
+    return 60 * first + second
+
+
+def warning_seconds(options: Options, margin: float) -> int:
+    """Seconds before the end of a job at which it is told: `checkpoint.margin`, but at most half of its time."""
+    return max(1, math.ceil(min(margin, seconds_of(str(options["time"])) / 2)))
+
+
+def print_script(folder: Path, placed: Sequence[Placed], jobs: int, options: Options, *, retry_failed: bool) -> str:
+    """A script for sbatch that runs what is left to do as an array, so many at once, and requeues each until it is finished.
+    It needs nothing but clipctl. Raises SpecError where nothing is left."""
+    placed = [place for place in placed if is_left(place, retry_failed)]
+    if not placed:
+        raise SpecError(f"--print-script: nothing is left to do of {folder}")
+    place_of_logs(folder)
+    margin = max(place.member.spec.checkpoint.margin for place in placed)
+    flags: dict[str, str | int | bool] = {
+        "job_name": folder.name,
+        "array": f"0-{len(placed) - 1}%{min(jobs, len(placed))}",
+        "output": str(folder.absolute() / "slurm" / "%A_%a.txt"),
+        "open_mode": "append",
+        "requeue": True,
+        "signal": f"USR2@{warning_seconds(options, margin)}",
+        **options,
+    }
+    program = [sys.executable, "-m", "clipctl"]
+    lines = [
+        "#!/bin/bash",
+        *(
+            f"#SBATCH --{key.replace('_', '-')}" + ("" if value is True else f"={value}")
+            for key, value in flags.items()
+        ),
+        "# Submit it from the folder in which it was printed.",
+        "runs=(",
+        *(f"  {shlex.quote(shlex.join([*program, *place.command]))}" for place in placed),
+        ")",
+        "# The signal before the end is the one notice of it; the shell waits for the run, which answers.",
+        "unset SLURM_JOB_END_TIME",
+        "trap : TERM USR2",
+        'eval "srun ${runs[$SLURM_ARRAY_TASK_ID]}"',
+        "code=$?",
+        "# 75: interrupted and saved.",
+        'if [ "$code" -eq 75 ]; then',
+        '  scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"',
+        "fi",
+        'exit "$code"',
+    ]
+    return "\n".join(lines)
+
+
+def submit(
+    folder: Path, placed: Sequence[Placed], jobs: int, options: Options, *, retry_failed: bool
+) -> dict[str, str]:
+    """Submits what is left to do as one array; run → job of those that wait or run, these included. Call it within
+    `planning`, so that two launches do not submit one run twice. Raises DependencyError without Slurm or submitit, SpecError
+    where sbatch refuses."""
+    queued = queued_runs(folder)
+    left = [place for place in placed if place.member.name not in queued and is_left(place, retry_failed)]
+    if not left:
+        return queued
+    try:
+        from submitit import SlurmExecutor
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+    except ImportError:
+        raise DependencyError(
+            "--launcher slurm needs submitit: pip install 'clipctl[slurm]'; or use --print-script"
+        ) from None
+    margin = max(place.member.spec.checkpoint.margin for place in left)
+    place_of_logs(folder)
+    executor = SlurmExecutor(folder / "slurm", max_num_timeout=10**6)
+    executor.update_parameters(
+        job_name=folder.name,
+        array_parallelism=jobs,
+        signal_delay_s=warning_seconds(options, margin),
+        stderr_to_stdout=True,
+        wckey=None,
+        additional_parameters={"requeue": True, **options},
+    )
+    try:
+        folders = [place.folder.absolute() for place in left]
+        with redirect_stderr(StringIO()):
+            # submitit prints what sbatch says; the error has it too.
+            started = executor.map_array(SlurmRun(), [place.command for place in left], folders)
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise SpecError(f"--launcher slurm: sbatch refused: {_one_line(str(error))}") from None
+    submitted = {place.member.name: str(job.job_id) for place, job in zip(left, started, strict=True)}
+    write_whole(folder / "slurm" / "jobs.json", json.dumps({**_submitted(folder), **submitted}, indent=2).encode())
+    return {**queued, **submitted}
+
+
+def queue_lines(placed: Sequence[Placed], queued: Mapping[str, str]) -> list[str]:
+    """A line for each run: its job, or how it stands."""
+    width = max(len(place.member.name) for place in placed)
+    return [
+        f"{place.member.name:{width}}  {place.rollouts}/{place.member.spec.run.steps} rollouts  "
+        + (f"job {queued[place.member.name]}" if place.member.name in queued else place.outlook)
+        for place in placed
+    ]
+
+
+def is_left(place: Placed, retry_failed: bool) -> bool:
+    """Whether there is something to do of a run."""
+    return place.outlook in ("missing", "unfinished") or (retry_failed and place.outlook == "failed")
+
+
+def place_of_logs(folder: Path) -> None:
+    """The folder of what jobs say, and of what submitit hands to them, which only its owner may change: it is unpickled."""
+    try:
+        (folder / "slurm").mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{folder / 'slurm'}: {error.strerror}") from None
+
+
+def queued_runs(folder: Path) -> dict[str, str]:
+    """Run → job of those that Slurm's queue has, waiting or running. Raises DependencyError where there is no Slurm."""
+    if shutil.which("squeue") is None:
+        raise DependencyError(
+            "--launcher slurm: squeue and sbatch are not on the PATH; run it where jobs are submitted from"
+        )
+    jobs = _submitted(folder)
+    if not jobs:
+        return {}
+    query = ["squeue", "--noheader", "--array", "--me", "--format=%i"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise EngineError(f"squeue: {_one_line(done.stderr)}")
+    queue = set(done.stdout.split())
+    return {name: job for name, job in jobs.items() if job in queue}
+
+
+def _submitted(folder: Path) -> dict[str, str]:
+    try:
+        found = json.loads((folder / "slurm" / "jobs.json").read_text())
+    except FileNotFoundError:
+        return {}
+    return {str(name): str(job) for name, job in found.items()}
+
+
+def wait_for_runs(
+    folder: Path, placed: Sequence[Placed], tell: Callable[[str], None], seconds: float = LOOK_SECONDS
+) -> None:
+    """Tells what becomes of the runs until none of them is in the queue. Raises SweepFailed for those that failed, Preempted
+    where some are neither finished nor in the queue any more. Ctrl-C ends the waiting and leaves the jobs alone."""
+    told: dict[str, str] = {}
+    while True:
+        queued = queued_runs(folder)
+        for place in placed:
+            words = f"{place.outlook}, {place.rollouts}/{place.member.spec.run.steps} rollouts"
+            if told.get(place.member.name, f"missing, 0/{place.member.spec.run.steps} rollouts") != words:
+                tell(f"{place.member.name}: {words}")
+            told[place.member.name] = words
+        if not any(place.member.name in queued for place in placed):
+            break
+        time.sleep(seconds)
+    failed = [place.member.name for place in placed if place.outlook == "failed"]
+    left = [place.member.name for place in placed if place.outlook in ("missing", "unfinished")]
+    if failed:
+        raise SweepFailed(
+            f"{len(failed)} of {len(placed)} runs failed: {', '.join(failed)}; --retry-failed submits them again"
+        )
+    if left:
+        raise Preempted(
+            f"not in the queue any more and not finished: {', '.join(left)}; see {folder / 'slurm'}; the same command "
+            "submits them again"
+        )
+
+
+def _one_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next(
+        (line for line in lines if "error" in line or "unrecognized" in line),
+        lines[-1] if lines else "no reason was given",
+    )
