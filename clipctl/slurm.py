@@ -33,7 +33,7 @@ LOOK_SECONDS = 10.0
 STALLS = 5
 """Attempts in a row without progress after which a job is not requeued any more."""
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
-OURS = ("array", "signal", "requeue", "open_mode", "output", "error")
+OURS = ("array", "chdir", "signal", "requeue", "open_mode", "output", "error")
 """Options of sbatch that the launcher sets."""
 Options = Mapping[str, str | int | bool]
 
@@ -108,6 +108,7 @@ def latest_place(folder: Path) -> str:
 
 def count_stalls(folder: Path, progress: bool) -> int:
     """Attempts without progress up to this one, kept in the run's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     file = folder / ".stalled"
     before = file.read_text() if file.exists() else ""
     stalled = 0 if progress else int(before or 0) + 1
@@ -159,8 +160,9 @@ def seconds_of(limit: str) -> float:
 
 
 def warning_seconds(options: Options, margin: float) -> int:
-    """Seconds before the end of a job at which it is told: `checkpoint.margin`, but at most half of its time."""
-    return max(1, math.ceil(min(margin, seconds_of(str(options["time"])) / 2)))
+    """Seconds before the end of a job at which it is told: `checkpoint.margin`, but no more than half of its time. Slurm may
+    tell it a minute earlier."""
+    return max(1, math.ceil(min(margin, (seconds_of(str(options["time"])) - 60) / 2)))
 
 
 def print_script(folder: Path, placed: Sequence[Placed], jobs: int, options: Options, *, retry_failed: bool) -> str:
@@ -173,6 +175,7 @@ def print_script(folder: Path, placed: Sequence[Placed], jobs: int, options: Opt
     margin = max(place.member.spec.checkpoint.margin for place in placed)
     flags: dict[str, str | int | bool] = {
         "job_name": folder.name,
+        "chdir": str(Path.cwd()),
         "array": f"0-{len(placed) - 1}%{min(jobs, len(placed))}",
         "output": str(folder.absolute() / "slurm" / "%A_%a.txt"),
         "open_mode": "append",
@@ -187,7 +190,6 @@ def print_script(folder: Path, placed: Sequence[Placed], jobs: int, options: Opt
             f"#SBATCH --{key.replace('_', '-')}" + ("" if value is True else f"={value}")
             for key, value in flags.items()
         ),
-        "# Submit it from the folder in which it was printed.",
         "runs=(",
         *(f"  {shlex.quote(shlex.join([*program, *place.command]))}" for place in placed),
         ")",

@@ -1,0 +1,354 @@
+"""Sweeps as arrays of Slurm jobs: a real Slurm on this machine preempts them and ends their time, and no number changes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_sweep import a_run
+
+from clipctl import load_spec
+from clipctl.errors import EngineError, Preempted, SpecError, SweepFailed
+from clipctl.slurm import (
+    STALLS,
+    SlurmRun,
+    count_stalls,
+    job_id,
+    parse_options,
+    print_script,
+    seconds_of,
+    wait_for_runs,
+    warning_seconds,
+)
+from clipctl.sweep_folder import place_members
+from clipctl.sweep_spec import expand, preset_sweep, resolve_sweep
+from clipctl.train import train
+from runs import assert_same
+
+TOOLS = Path(__file__).parents[2] / "shared" / "tools"
+SPEC: dict[str, Any] = {
+    "run.steps": 9, "rollout.prompts": 4, "rollout.group_size": 4, "rollout.max_response_tokens": 14,
+    "data.arith.problems": 64, "optim.responses_per_update": 8, "optim.epochs": 2, "optim.lr": 1e-3,
+    "ledger.probe_states": 8, "ledger.network_every": 2, "reward.kind": "function",
+    "reward.function": "slurm_reward:slow",
+}  # fmt: skip
+SETS = [word for key, value in SPEC.items() for word in ("--set", f"{key}={value}")]
+
+
+# --- without Slurm ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        ("90", 5400),
+        ("2:30", 150),
+        ("4:00:00", 14400),
+        ("1-12", 129600),
+        ("1-12:30", 131400),
+        ("2-01:02:03", 176523),
+        ("0:05", 5),
+    ],
+)
+def test_time_limits(limit: str, seconds: int) -> None:
+    assert seconds_of(limit) == seconds
+
+
+def test_notice_is_the_margin_where_the_job_is_long_enough() -> None:
+    assert warning_seconds({"time": "4:00:00"}, 120.0) == 120
+    assert warning_seconds({"time": "3"}, 120.0) == 60
+    assert warning_seconds({"time": 1}, 120.0) == 1
+
+
+def test_options_of_the_command_line_are_over_those_of_the_file() -> None:
+    file: dict[str, str | int | bool] = {"partition": "gpu", "cpus-per-task": 4, "exclusive": True}
+    assert parse_options(["partition=long", "time=1:00:00", "mem=32G", "no-kill"], file) == {
+        "partition": "long", "cpus_per_task": 4, "exclusive": True, "time": "1:00:00", "mem": "32G", "no_kill": True,
+    }  # fmt: skip
+    assert parse_options(["time=9"], file | {"exclusive": False}).keys() == {"partition", "cpus_per_task", "time"}
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        ([], "--slurm: time is missing"),
+        (["time=soon"], "time = 'soon' is no time limit"),
+        (["time=9", "array=0-3"], "array is set by the launcher"),
+        (["time=9", "mem="], "'mem=' is not KEY=VALUE"),
+        (["Time=9"], "'Time=9' is not KEY=VALUE"),
+    ],
+)
+def test_options_that_are_refused(texts: list[str], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        parse_options(texts, {})
+
+
+def test_the_script_is_bash_and_has_a_command_for_each_run_that_is_left(tmp_path: Path) -> None:
+    """Values with quotes and blanks come to the run as they are."""
+    hard = {"data.template": 'it\'s "{question}" $HOME `id`'}
+    members = expand(resolve_sweep(preset_sweep("tiny"), hard, grid={"clip.high": [0.1, float("inf")]}, seeds=2))
+    a_run(tmp_path / "s" / members[0].name, members[0], "finished", 40)
+    placed = place_members(tmp_path, "s", members)
+    script = print_script(tmp_path / "s", placed, 2, {"time": "9", "exclusive": True}, retry_failed=False)
+    for line in (
+        "#SBATCH --array=0-2%2",
+        "#SBATCH --requeue",
+        "#SBATCH --signal=USR2@120",
+        "#SBATCH --time=9",
+        "#SBATCH --exclusive",
+    ):
+        assert line in script.splitlines()
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    # What srun would be given, one argument a line.
+    shown = script.replace('eval "srun', "eval \"printf '%s\\n'")
+    for at, place in enumerate(placed[1:]):
+        environment = {"SLURM_ARRAY_TASK_ID": str(at), "SLURM_ARRAY_JOB_ID": "7", "PATH": os.environ["PATH"]}
+        told = subprocess.run(["bash"], input=shown, text=True, check=True, capture_output=True, env=environment).stdout
+        assert told.splitlines() == [sys.executable, "-m", "clipctl", *place.command]
+    for member in members[1:]:
+        a_run(tmp_path / "s" / member.name, member, "finished", 40)
+    with pytest.raises(SpecError, match="nothing is left to do"):
+        print_script(tmp_path / "s", placed, 2, {"time": "9"}, retry_failed=False)
+
+
+def test_without_slurm_it_is_said(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "clipctl", "sweep", "--preset", "tiny", "--launcher", "slurm", "--slurm", "time=9"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ | {"PATH": "/nowhere"}
+    )
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith("clipctl: --launcher slurm: squeue and sbatch are not on the PATH")
+    done = subprocess.run(
+        [*command[:6], "--slurm", "time=9"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, "only with --launcher slurm" in done.stderr) == (2, True)
+
+
+def test_a_job_that_never_gets_anywhere_is_not_requeued_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for scontrol counts, and the run is interrupted at once every time."""
+    tool, calls = tmp_path / "bin" / "scontrol", tmp_path / "calls"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    monkeypatch.setattr("clipctl.slurm.run_here", lambda command: Preempted.exit_code)
+    for _ in range(STALLS - 1):
+        with pytest.raises(SystemExit):
+            SlurmRun()(("train",), tmp_path / "run")
+    with pytest.raises(EngineError, match=f"{STALLS} attempts in a row made no progress"):
+        SlurmRun()(("train",), tmp_path / "run")
+    assert calls.read_text() == "requeue 12_3\n" * (STALLS - 1)
+    assert count_stalls(tmp_path / "run", True) == 0
+    assert job_id({"SLURM_JOB_ID": "5"}) == "5"
+
+
+def test_how_runs_stand_is_read_from_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = expand(resolve_sweep(preset_sweep("tiny"), seeds=3))
+    monkeypatch.setattr("clipctl.slurm.queued_runs", lambda folder: {})
+    a_run(tmp_path / "s" / "tiny-0", members[0], "finished", 40)
+    said: list[str] = []
+    with pytest.raises(
+        Preempted, match=r"not in the queue any more and not finished: tiny-1, tiny-2; .* submits them again"
+    ):
+        wait_for_runs(tmp_path / "s", place_members(tmp_path, "s", members), said.append)
+    assert said == ["tiny-0: finished, 40/40 rollouts"]
+    a_run(tmp_path / "s" / "tiny-1", members[1], "failed", 3)
+    with pytest.raises(SweepFailed, match="1 of 3 runs failed: tiny-1"):
+        wait_for_runs(tmp_path / "s", place_members(tmp_path, "s", members), said.append)
+
+
+# --- with a real one --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment in which a Slurm of one node can be talked to; two cores, partition `hi` preempts `main`."""
+    lacking = [
+        tool
+        for tool in ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "sbatch")
+        if shutil.which(tool) is None
+    ]
+    if lacking:
+        pytest.skip(f"Slurm is not installed: no {', '.join(lacking)}")
+    if os.geteuid() != 0:
+        pytest.skip("a Slurm of one machine is started by root")
+    if not TOOLS.is_dir():
+        pytest.skip(f"no script that starts it at {TOOLS}")
+    pytest.importorskip("submitit")
+    folder = tmp_path_factory.mktemp("slurm")
+    started = subprocess.run(
+        ["bash", str(TOOLS / "slurm_up.sh"), str(folder)], capture_output=True, text=True, timeout=120, check=False
+    )
+    try:
+        assert started.returncode == 0, started.stdout + started.stderr
+        here = str(Path(__file__).parent)
+        yield os.environ | {
+            "SLURM_CONF": str(folder / "slurm.conf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "REWARD_SECONDS": "0.1",
+            "PYTHONPATH": f"{Path(here).parent}:{here}",
+        }  # fmt: skip
+    finally:
+        subprocess.run(
+            ["bash", str(TOOLS / "slurm_down.sh"), str(folder)], capture_output=True, check=False, timeout=60
+        )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs that are never interrupted, without any waiting."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        for seed in (0, 1):
+            train(load_spec("tiny", SPEC | {"run.seed": seed, "run.name": f"tiny-{seed}"}), runs_dir=folder)
+    return folder
+
+
+def clipctl(slurm: dict[str, str], folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "clipctl", "sweep", "--preset", "tiny", "--name", "s", "--launcher", "slurm", *arguments],
+        cwd=folder, env=slurm, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+
+
+def queue(slurm: dict[str, str]) -> list[str]:
+    asked = subprocess.run(["squeue", "-h", "-r", "-o", "%i %T"], env=slurm, capture_output=True, text=True, check=True)
+    return asked.stdout.splitlines()
+
+
+def wait_until(done: Any, seconds: float = 200) -> None:
+    until = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < until, "it never comes"
+        time.sleep(0.2)
+
+
+def rollouts(run: Path) -> int:
+    return len(list((run / "journal").glob("rollouts-*"))) if run.exists() else 0
+
+
+def status(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "status.json").read_text())
+    return found
+
+
+def preempt(slurm: dict[str, str]) -> None:
+    """A job that takes every core for a second."""
+    words = ["sbatch", "-p", "hi", "--exclusive", "--time=1", "-o", "/dev/null", "--wrap", "sleep 1"]
+    subprocess.run(words, env=slurm, check=True, capture_output=True)
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_preempted_jobs_end_as_undisturbed_runs(tmp_path: Path, slurm: dict[str, str], undisturbed: Path) -> None:
+    """Submitted as an array, twice in a row, which submits nothing twice; preempted for real."""
+    arguments = (
+        *SETS,
+        "--seeds",
+        "2",
+        "--jobs",
+        "2",
+        "--slurm",
+        "time=9",
+        "--slurm",
+        "partition=main",
+        "--slurm",
+        "cpus-per-task=1",
+    )
+    first = clipctl(slurm, tmp_path, *arguments)
+    assert first.returncode == 0, first.stderr
+    jobs = [line.split()[-1] for line in first.stderr.splitlines() if " job " in line]
+    assert [job.split("_")[1] for job in jobs] == ["0", "1"]
+    folder = tmp_path / "runs" / "s"
+    wait_until(lambda: any(rollouts(folder / f"tiny-{seed}") >= 2 for seed in (0, 1)))
+    preempt(slurm)
+    again = clipctl(slurm, tmp_path, *arguments, "--wait")
+    assert again.returncode == 0, again.stderr
+    assert all(job in again.stderr for job in jobs)
+    runs = [status(folder / f"tiny-{seed}") for seed in (0, 1)]
+    assert [run["state"] for run in runs] == ["finished", "finished"]
+    assert max(run["attempt"] for run in runs) >= 1, "nothing was interrupted"
+    for seed in (0, 1):
+        assert_same(folder / f"tiny-{seed}", undisturbed / f"tiny-{seed}", 9)
+    assert list(folder.glob("slurm/*_submission.sh")) == [folder / "slurm" / f"{jobs[0].split('_')[0]}_submission.sh"]
+    assert "".join(file.read_text() for file in folder.glob("slurm/*.out")).count("stopped by SIGUSR2") >= 1
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_the_end_of_a_jobs_time_is_not_the_end_of_a_run(tmp_path: Path, slurm: dict[str, str]) -> None:
+    """Two minutes of a job are too short for the run, which goes on in the next job to the same end."""
+    steps = ["--set", "run.steps=75"]
+    first = clipctl(slurm, tmp_path, *SETS, *steps, "--slurm", "time=2", "--slurm", "cpus-per-task=1", "--wait")
+    assert first.returncode == 0, first.stderr
+    run = tmp_path / "runs" / "s" / "tiny-0"
+    assert status(run)["state"] == "finished"
+    assert status(run)["attempt"] >= 1, "the time was enough"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        alone = train(load_spec("tiny", SPEC | {"run.steps": 75, "run.name": "alone"}), runs_dir=tmp_path)
+    assert_same(run, alone, 75)
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_the_printed_script_runs_and_requeues(tmp_path: Path, slurm: dict[str, str], undisturbed: Path) -> None:
+    arguments = (
+        *SETS,
+        "--seeds",
+        "2",
+        "--jobs",
+        "2",
+        "--slurm",
+        "time=9",
+        "--slurm",
+        "partition=main",
+        "--slurm",
+        "cpus-per-task=1",
+    )
+    printed = clipctl(slurm, tmp_path, *arguments, "--print-script")
+    assert printed.returncode == 0, printed.stderr
+    assert queue(slurm) == []
+    subprocess.run(["sbatch"], input=printed.stdout, text=True, env=slurm, check=True, capture_output=True)
+    folder = tmp_path / "runs" / "s"
+    wait_until(lambda: all(rollouts(folder / f"tiny-{seed}") >= 2 for seed in (0, 1)))
+    preempt(slurm)
+    wait_until(lambda: queue(slurm) == [])
+    for seed in (0, 1):
+        assert status(folder / f"tiny-{seed}")["attempt"] >= 1
+        assert_same(folder / f"tiny-{seed}", undisturbed / f"tiny-{seed}", 9)
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_run_that_fails_in_a_job_costs_itself_alone(tmp_path: Path, slurm: dict[str, str]) -> None:
+    sets = [word for word in SETS if not word.startswith("optim.lr")]
+    sets = [
+        word
+        for at, word in enumerate(SETS)
+        if not (word == "--set" and SETS[at + 1].startswith("optim.lr")) and word in sets
+    ]
+    arguments = (
+        *sets,
+        "--set",
+        "run.steps=2",
+        "--grid",
+        "optim.lr=1e-3,1e38",
+        "--jobs",
+        "2",
+        "--slurm",
+        "time=9",
+        "--wait",
+    )
+    done = clipctl(slurm, tmp_path, *arguments)
+    assert done.returncode == 9, done.stderr
+    assert done.stderr.splitlines()[-1] == "clipctl: 1 of 2 runs failed: lr1e38-0; --retry-failed submits them again"
