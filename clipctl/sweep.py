@@ -317,7 +317,7 @@ class _Launch:
     def _end_words(self, running: _Running, code: int) -> str:
         place, seconds = running.place, time.monotonic() - running.began
         if code == 0:
-            return f"finished, {place.rollouts} rollouts, {seconds:.0f} s"
+            return f"finished, {place.rollouts} rollouts, {seconds:.1f} s"
         how = {8: "stopped", 75: "interrupted", 130: "interrupted"}.get(code, f"failed (exit code {code})")
         if code < 0:
             how = f"crashed (signal {-code})"
