@@ -223,6 +223,9 @@ def sweep(
     jobs: Annotated[
         int, typer.Option(min=1, help="Runs at once; cores and GPUs are divided among them. On Slurm: of the array.")
     ] = 1,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Processes of each run on this machine, one for each GPU.")
+    ] = None,
     launcher: Annotated[
         Literal["local", "slurm"], typer.Option(help="This machine, or an array of Slurm jobs that requeue themselves.")
     ] = "local",
@@ -251,6 +254,8 @@ def sweep(
 
     if (preset is None) == (spec is None):
         raise SpecError("sweep: give one of --preset NAME and --spec FILE")
+    if launcher == "slurm" and nproc is not None:
+        raise SpecError("--nproc: on Slurm the tasks of a job are the processes of its run: --slurm ntasks=N")
     if launcher == "local" and (slurm or wait or print_script):
         raise SpecError("--slurm, --wait and --print-script: only with --launcher slurm")
     described = resolve_sweep(
@@ -293,7 +298,7 @@ def sweep(
     shares, warnings = share_machine(members, jobs)
     print("\n".join([*table_lines(placed), *(f"warning: {line}" for line in warnings)]), file=sys.stderr, flush=True)
     with show_sweep(folder) as (tell, watch):
-        run_sweep(folder, placed, shares, retry_failed=retry_failed, tell=tell, watch=watch)
+        run_sweep(folder, placed, shares, retry_failed=retry_failed, nproc=nproc, tell=tell, watch=watch)
     print("\n".join(f"draw it: {line}" for line in views_lines(described, folder)), file=sys.stderr)
     print(folder)
 

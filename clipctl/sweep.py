@@ -169,10 +169,12 @@ def run_sweep(
     shares: Sequence[Slot],
     *,
     retry_failed: bool,
+    nproc: int | None = None,
     tell: Tell,
     watch: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
-    """Runs what is left to do of the sweep in `folder`, as many at once as there are shares. tell: gets a line for each start
+    """Runs what is left to do of the sweep in `folder`, as many at once as there are shares. nproc: processes of each run,
+    none: it is one. tell: gets a line for each start
     and end. watch: called about twice a second.
 
     Raises SweepFailed when some runs failed, in this launch or before, after all others have ended; Preempted or Interrupted
@@ -185,7 +187,8 @@ def run_sweep(
         stop.grace = longest + DYING_SECONDS
         if (end := job_end()) is not None:
             stop.end_with_job(end, margin)
-        launch = _Launch(folder, list(placed), list(shares), retry_failed, tell)
+        more = () if nproc is None else ("--nproc", str(nproc))
+        launch = _Launch(folder, list(placed), list(shares), more, retry_failed, tell)
         try:
             launch.run(stop, watch)
         finally:
@@ -220,8 +223,16 @@ class _Running:
 class _Launch:
     """The loop: claims, starts, reaps."""
 
-    def __init__(self, folder: Path, placed: list[Placed], shares: list[Slot], retry_failed: bool, tell: Tell) -> None:
-        self.folder, self.waiting, self.free = folder, placed, shares
+    def __init__(
+        self,
+        folder: Path,
+        placed: list[Placed],
+        shares: list[Slot],
+        more: tuple[str, ...],
+        retry_failed: bool,
+        tell: Tell,
+    ) -> None:
+        self.folder, self.waiting, self.free, self.more = folder, placed, shares, more
         self.retry_failed, self.tell = retry_failed, tell
         self.progress = Progress(len(placed))
         self.crashed = False
@@ -283,7 +294,7 @@ class _Launch:
         self._count += 1
         self._running[self._count] = _Running(place, share, claim, began)
         self.progress.running.add(place.member.name)
-        self._server.start(self._count, place.command, self._log(place), share.cores, share.environment)
+        self._server.start(self._count, (*place.command, *self.more), self._log(place), share.cores, share.environment)
 
     def _is_done(self, place: Placed) -> bool:
         """Whether there is nothing left to do of a run that waits; it is told and counted then."""
@@ -357,7 +368,7 @@ def show_sweep(folder: Path) -> Iterator[tuple[Tell, Callable[[Progress], None]]
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
 
         def watch(progress: Progress) -> None:
-            if time.monotonic() - drawn[0] < 2.0:
+            if time.monotonic() - drawn[0] < 2.0 and progress.running:
                 return
             now = datetime.now(UTC).replace(tzinfo=None)
             head = Text(f"{folder}: {progress.words}", style="bold")

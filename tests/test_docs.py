@@ -83,11 +83,15 @@ def test_every_analysis_in_readme_runs(command: str, tmp_path: Path) -> None:
 
 
 LINES = [line.split("    #")[0].strip() for line in re.findall(r"^    ((?:clipctl|bash) .*)", README, re.MULTILINE)]
+FIG3 = "clipctl sweep --preset fig3 --jobs 4 --launcher slurm --slurm partition=gpu --slurm time=4:00:00 --slurm gres=gpu:1"
 NOT_RUN = {
     "bash quickstart.sh": "sets up an environment; continuous integration runs it",
     "bash check.sh": "runs this test-suite",
     "clipctl train --preset qwen3b-gsm8k --eps-low 0.15 --no-clip-high": "3B parameters; its --dry-run is run",
     "clipctl train --preset qwen3b-gsm8k --name first": "3B parameters",
+    FIG3: "a cluster; tests/test_slurm.py runs the same on a small Slurm",
+    f"{FIG3} --wait": "the same",
+    f"{FIG3.replace(' --slurm partition=gpu', '')} --print-script > fig3.sh": "the same",
     "clipctl doctor --preset qwen3b-gsm8k --set engine.device=cuda": "exits 3 without a GPU; test_doctor.py runs it",
     "clipctl train --preset qwen3b-gsm8k --name first --nproc 8": "8 GPUs",
     "clipctl eval --run runs/my-run@40 --benchmark gsm8k --benchmark math500 -k 8": "benchmarks from the hub",
