@@ -217,7 +217,9 @@ def evaluation_columns(
 
 def engine_json(setup: Setup) -> str:
     """How the numbers were computed: dtype and engine, as JSON."""
-    engine = setup.engine.model_dump_json(exclude={"trainer", "tokens_per_microbatch", "gradient_checkpointing"})
+    engine = setup.engine.model_dump_json(
+        exclude={"trainer", "deepspeed", "tokens_per_microbatch", "gradient_checkpointing"}
+    )
     return f'{{"dtype": "{setup.model.dtype}", "engine": {engine}}}'
 
 

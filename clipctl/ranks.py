@@ -59,7 +59,7 @@ class Ranks:
         import torch.distributed as dist
 
         found: list[Any] = [None] * self.size
-        with self._together():
+        with self.together():
             dist.all_gather_object(found, thing, group=self.control)
         return found
 
@@ -70,7 +70,7 @@ class Ranks:
         import torch.distributed as dist
 
         found = [thing]
-        with self._together():
+        with self.together():
             dist.broadcast_object_list(found, src=0, group=self.control)
         return found[0]
 
@@ -79,7 +79,7 @@ class Ranks:
         if self.size > 1:
             import torch.distributed as dist
 
-            with self._together():
+            with self.together():
                 dist.all_reduce(tensor)
 
     def agree(self, flag: bool) -> bool:
@@ -90,7 +90,7 @@ class Ranks:
         import torch.distributed as dist
 
         flags = torch.tensor([int(flag)])
-        with self._together():
+        with self.together():
             dist.all_reduce(flags, group=self.control)
         return bool(flags)
 
@@ -145,13 +145,21 @@ class Ranks:
             self.heartbeat.working = False
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
-        assert self.heartbeat is not None
+    def together(self) -> Iterator[None]:
+        """Around what a library does of all ranks together: no request to stop ends it halfway, and where it fails the reason is
+        that of the rank that was lost."""
+        if self.heartbeat is None:
+            yield
+            return
         with self.stop.shielded():
             self.heartbeat.waiting = True
             try:
                 yield
             except RuntimeError as error:
+                import torch
+
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
                 raise self.heartbeat.cause(error) from None
             finally:
                 self.heartbeat.waiting = False

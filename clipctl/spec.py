@@ -251,9 +251,78 @@ class Optim(Group):
         return self
 
 
+class DeepSpeed(Group):
+    """How DeepSpeed divides the training state among processes."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What each process holds a share of: 0 nothing, 1 float32 weights and moments, 2 gradients too, 3 weights too."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """On a GPU, keep in the machine's memory: `optimizer`: float32 weights and moments, and step there; `all`: weights too."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Keys of DeepSpeed's own configuration, such as `zero_optimization.reduce_bucket_size`, over the derived one."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.offload != "none" and self.zero_stage == 0:
+            raise ValueError(f"offload = {self.offload!r} needs zero_stage 1, 2 or 3, found 0")
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError(f"offload = 'all' needs zero_stage = 3, found {self.zero_stage}; or offload = 'optimizer'")
+        for key in _dotted(self.config):
+            ruler = next((DEEPSPEED_RULED[name] for name in _heads(key) if name in DEEPSPEED_RULED), None)
+            if ruler is not None:
+                raise ValueError(f"config.{key}: is ruled by {ruler}; set that, and leave this out")
+            if key.split(".")[0] not in DEEPSPEED_PASSED:
+                known = ", ".join(DEEPSPEED_PASSED)
+                raise ValueError(f"config.{key}: not passed on{nearest(key, list(DEEPSPEED_PASSED))}; known: {known}")
+        return self
+
+
+DEEPSPEED_PASSED = (
+    "zero_optimization", "communication_data_type", "comms_logger", "wall_clock_breakdown", "memory_breakdown",
+    "flops_profiler", "aio", "timers", "checkpoint",
+)  # fmt: skip
+"""Groups of DeepSpeed's configuration that a spec may set; it ignores those that it does not know."""
+DEEPSPEED_RULED = {
+    "train_batch_size": "optim.responses_per_update",
+    "train_micro_batch_size_per_gpu": "engine.tokens_per_microbatch",
+    "gradient_accumulation_steps": "engine.tokens_per_microbatch",
+    "managed_gradient_accumulation": "engine.tokens_per_microbatch",
+    "gradient_clipping": "optim.grad_clip",
+    "optimizer": "optim.optimizer",
+    "scheduler": "optim.lr, which is constant",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "amp": "model.dtype",
+    "torch_autocast": "model.dtype",
+    "data_types": "model.dtype",
+    "activation_checkpointing": "engine.gradient_checkpointing",
+    "prescale_gradients": "loss.aggregation: the loss is a sum over all processes",
+    "gradient_predivide_factor": "loss.aggregation: the loss is a sum over all processes",
+    "zero_optimization.stage": "engine.deepspeed.zero_stage",
+    "zero_optimization.offload_optimizer.device": "engine.deepspeed.offload",
+    "zero_optimization.offload_param.device": "engine.deepspeed.offload",
+    "zero_optimization.cpu_offload": "engine.deepspeed.offload",
+    "zero_optimization.compute_grad_norm": "optim.grad_clip, and the norm is stored",
+    "checkpoint.load_universal": "engine.trainer: its checkpoints are not universal ones",
+}
+"""Keys that follow from others of the spec, which decides them."""
+
+
+def _dotted(nested: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in nested.items():
+        yield from _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else (f"{prefix}{key}",)
+
+
+def _heads(key: str) -> list[str]:
+    """a.b.c: a, a.b, a.b.c."""
+    parts = key.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
 class Engine(Group):
     sampler: Literal["torch"] = "torch"
-    trainer: Literal["torch"] = "torch"
+    trainer: Literal["torch", "deepspeed"] = "torch"
+    """`torch`: the reference; `deepspeed`: ZeRO, from the extra `deepspeed`."""
     device: Literal["cpu", "cuda"] = "cpu"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """CPU threads of torch; part of the spec, because bit-exactness depends on it."""
@@ -263,6 +332,14 @@ class Engine(Group):
     """Responses decoded side by side."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    deepspeed: DeepSpeed = DeepSpeed()
+    """Of the trainer `deepspeed`."""
+
+    @model_validator(mode="after")
+    def _deepspeed_is_used(self) -> Self:
+        if self.trainer != "deepspeed" and self.deepspeed != DeepSpeed():
+            raise ValueError(f"deepspeed: its keys have no effect with trainer = {self.trainer!r}")
+        return self
 
 
 class EvalFile(Group):
@@ -440,6 +517,11 @@ class RunSpec(Group):
             )
         if self.control.target_entropy is not None:
             self._check_control()
+        if self.ledger.network_every and self.engine.trainer == "deepspeed":
+            raise ValueError(
+                f"ledger.network_every = {self.ledger.network_every} needs the whole optimizer in one process: set "
+                "ledger.network_every = 0, or engine.trainer = 'torch'"
+            )
         if self.loss.objective == "reinforce" and self.updates_per_rollout != 1:
             raise ValueError(
                 f"loss.objective = 'reinforce' is unbiased for one update a rollout only, here are "

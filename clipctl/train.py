@@ -9,6 +9,7 @@ Of several processes ("ranks") each runs all of this with the same state: sampli
 what they find is gathered, and rank 0 alone writes and reports (`clipctl.ranks`).
 """
 
+import json
 import operator
 import secrets
 import socket
@@ -34,6 +35,8 @@ from clipctl.benchmarks import Benchmark, load_benchmarks
 from clipctl.checkpoint import STATE, Place, new_checkpoint
 from clipctl.control import TOLERANCE, ControlState, held, next_action, start_control
 from clipctl.engine import EnginePair, Measure, Scores, UpdateResult, open_engine
+from clipctl.engine.deepspeed_config import CONFIG_FILE, deepspeed_config
+from clipctl.engine.deepspeed_setup import check_deepspeed
 from clipctl.errors import AlarmStop, DataError, DivergedError, EngineError, SpecError, StoreError
 from clipctl.eval_cache import model_hash
 from clipctl.evaluate import (
@@ -79,6 +82,7 @@ from clipctl.rollout import (
     spread_states,
     stream_indices,
 )
+from clipctl.segments import write_whole
 from clipctl.spec import Alarm, Ledger, RunSpec, spec_json
 from clipctl.state import (
     OpenRollout,
@@ -191,6 +195,8 @@ def train(
                     return earlier.folder
             grader = grader_of(spec.reward, task_grader(spec.data))
             check_device(spec.engine.device)
+            if spec.engine.trainer == "deepspeed":
+                check_deepspeed()
             with ranks.first_alone():
                 problems = load_problems(spec.data, grader=grader)
                 folder = find_model(spec.model.path, pull=True)
@@ -205,6 +211,9 @@ def train(
             with stop.interruptible():
                 # Grading processes start before torch has threads or a CUDA context to be copied.
                 scorer = stack.enter_context(open_scorer(spec.reward, grader, spec.run.seed))
+                if spec.engine.trainer == "deepspeed" and ranks.rank == 0:
+                    with writer.disk():
+                        write_whole(writer.folder / CONFIG_FILE, json.dumps(deepspeed_config(spec), indent=2).encode())
                 engine = open_engine(spec, (earlier and earlier.checkpoint) or folder, ranks)
                 stack.callback(engine.sampler.close)
                 params = SamplingParams(

@@ -6,7 +6,7 @@ Dimension letters as in `clipctl.rollout`.
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from clipctl.ranks import ALONE, Ranks
 from clipctl.rollout import Batch, Completion, Prompt, SamplingParams
@@ -132,27 +132,42 @@ class EnginePair:
 def open_engine(spec: RunSpec, model_folder: Path, ranks: Ranks = ALONE) -> EnginePair:
     """The sampler and the trainer that the spec names, both with the model of `model_folder`: those of this rank.
 
-    On one device the torch sampler shares the trainer's weights, so an update needs no copy.
+    On one device the torch sampler shares the trainer's weights, so an update needs no copy; with ZeRO-3, where no process has
+    them whole, it has its own.
     """
-    from clipctl.engine.attention import use_grouped_attention
     from clipctl.engine.passes import set_up_torch
     from clipctl.engine.torch_sampler import TorchSampler
-    from clipctl.engine.torch_trainer import TorchTrainer
-    from clipctl.models import load_causal_lm
 
     set_up_torch(spec.engine)
-    model = use_grouped_attention(load_causal_lm(model_folder, spec.model.dtype, spec.engine.device))
-    return EnginePair(TorchSampler(model, spec.engine.sampler_rows), TorchTrainer(model, spec, ranks))
+    divided = spec.engine.trainer == "deepspeed" and spec.engine.deepspeed.zero_stage == 3
+    model = _load(model_folder, spec.model, "cpu" if divided else spec.engine.device)
+    trainer = open_trainer(model, spec, ranks)
+    whole = _load(model_folder, spec.model, spec.engine.device) if divided else model
+    return EnginePair(TorchSampler(whole, spec.engine.sampler_rows), trainer)
+
+
+def open_trainer(model: Any, spec: RunSpec, ranks: Ranks) -> Trainer:
+    """The trainer that the spec names, of the loaded model."""
+    if spec.engine.trainer == "torch":
+        from clipctl.engine.torch_trainer import TorchTrainer
+
+        return TorchTrainer(model, spec, ranks)
+    from clipctl.engine.deepspeed_trainer import DeepSpeedTrainer
+
+    return DeepSpeedTrainer(model, spec, ranks)
 
 
 def open_sampler(engine: Engine, model: Model, model_folder: Path) -> Sampler:
     """The sampler alone, with the model of `model_folder`: no gradients, no optimizer."""
-    from clipctl.engine.attention import use_grouped_attention
     from clipctl.engine.passes import set_up_torch
     from clipctl.engine.torch_sampler import TorchSampler
-    from clipctl.models import load_causal_lm
 
     set_up_torch(engine)
-    return TorchSampler(
-        use_grouped_attention(load_causal_lm(model_folder, model.dtype, engine.device)), engine.sampler_rows
-    )
+    return TorchSampler(_load(model_folder, model, engine.device), engine.sampler_rows)
+
+
+def _load(model_folder: Path, model: Model, device: str) -> Any:
+    from clipctl.engine.attention import use_grouped_attention
+    from clipctl.models import load_causal_lm
+
+    return use_grouped_attention(load_causal_lm(model_folder, model.dtype, device))

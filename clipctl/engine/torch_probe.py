@@ -6,6 +6,7 @@ ledger of the state's own token. Letters: N states, V vocabulary, D hidden size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +36,7 @@ class Part:
 
 
 class TorchProbe:
-    """States of a batch under the policy at its making; `head_VD` is read anew each time."""
+    """States of a batch under the policy at its making; `head` is opened anew each time, for what is computed with it."""
 
     def __init__(
         self,
@@ -43,7 +44,7 @@ class TorchProbe:
         states: Sequence[tuple[int, int]],
         tokens_per_microbatch: int,
         hidden: Hidden,
-        head: Callable[[], Tensor],
+        head: Callable[[], AbstractContextManager[Tensor]],
         temperature: float,
     ) -> None:
         self.hidden, self.head, self.temperature = hidden, head, temperature
@@ -117,10 +118,12 @@ class TorchProbe:
     def _statistics(self, part: Part) -> tuple[Tensor, Tensor, TokenStatistics]:
         hidden_TD, targets_T = self.hidden(self.batch, part.rows)
         hidden_ND, targets_N = hidden_TD[part.places_N], targets_T[part.places_N]
-        return hidden_ND, targets_N, token_statistics(hidden_ND, self.head(), targets_N, temperature=self.temperature)
+        with self.head() as head_VD:
+            return hidden_ND, targets_N, token_statistics(hidden_ND, head_VD, targets_N, temperature=self.temperature)
 
     def _logp(self, hidden_ND: Tensor) -> Tensor:
-        return torch.log_softmax(float32_logits(hidden_ND, self.head()) / self.temperature, -1)
+        with self.head() as head_VD:
+            return torch.log_softmax(float32_logits(hidden_ND, head_VD) / self.temperature, -1)
 
 
 def add_gradients(totals: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:

@@ -12,6 +12,7 @@ micro-batches than ranks they are cut further: another layout, whose rounding th
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clipctl.engine import Measure, Scores, UpdateResult
+from clipctl.engine.masters import copy_back, master_of, take_gradients
 from clipctl.engine.optimizers import OPTIMIZERS, SPLITS, Step, dot
 from clipctl.engine.passes import (
     check_finite,
@@ -58,7 +60,7 @@ class TorchTrainer:
         if spec.engine.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.masters = [_master(parameter) for parameter in self.parameters]
+        self.masters = [master_of(parameter) for parameter in self.parameters]
         self.buckets = _gradient_buckets(self.masters) if ranks.size > 1 else []
         self.optimizer = OPTIMIZERS[spec.optim.optimizer](self.masters, spec.optim)
         self.probe: TorchProbe | None = None
@@ -79,7 +81,12 @@ class TorchTrainer:
         """The states under the weights of now, or as they were saved, to which the steps to come compare theirs."""
         engine, temperature = self.spec.engine, self.spec.rollout.temperature
         self.probe = TorchProbe(
-            batch, states, engine.tokens_per_microbatch, self._hidden, lambda: self.model.lm_head.weight, temperature
+            batch,
+            states,
+            engine.tokens_per_microbatch,
+            self._hidden,
+            lambda: nullcontext(self.model.lm_head.weight),
+            temperature,
         )
         if saved is not None:
             self.probe.load(load_file(saved / TRAINER_FILE))
@@ -129,10 +136,7 @@ class TorchTrainer:
     def _move(self) -> None:
         """The optimizer's step, and the working copy after it."""
         self.optimizer.step()
-        with torch.no_grad():
-            for parameter, master in zip(self.parameters, self.masters, strict=True):
-                if parameter is not master:
-                    parameter.copy_(master)
+        copy_back(self.parameters, self.masters)
 
     def _move_and_predict(
         self, batch: Batch, rows: range, tokens: UpdateTokens, loss: PolicyLoss, norm: float
@@ -231,16 +235,8 @@ class TorchTrainer:
         value = microbatch_loss(batch, rows, part, tokens, loss, live, self._forward)
         if live:
             value.backward()  # type: ignore[no-untyped-call]
-            self._gather_gradients()
+            take_gradients(self.parameters, self.masters)
         return value.detach()
-
-    def _gather_gradients(self) -> None:
-        """Adds the working copy's gradients to the masters' in float32."""
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if parameter is not master and parameter.grad is not None:
-                assert master.grad is not None
-                master.grad.add_(parameter.grad)
-                parameter.grad = None
 
     def _forward(self, batch: Batch, part: Sequence[int]) -> TokenStatistics:
         """Statistics of the response tokens of the rows `part`, flat in the order of `part`."""
@@ -271,10 +267,3 @@ def _gradient_buckets(masters: Sequence[nn.Parameter]) -> list[Tensor]:
         buckets.append(bucket)
         waiting = waiting[len(taken) :]
     return buckets
-
-
-def _master(parameter: nn.Parameter) -> nn.Parameter:
-    """The parameter itself in float32, else a float32 copy that the optimizer owns."""
-    if parameter.dtype == torch.float32:
-        return parameter
-    return nn.Parameter(parameter.detach().float())

@@ -26,6 +26,7 @@ import torch
 from clipctl import load_spec
 from clipctl.engine import Measure, Scores
 from clipctl.engine.attention import use_grouped_attention
+from clipctl.engine.masters import take_gradients
 from clipctl.engine.passes import set_up_torch, update_tokens
 from clipctl.engine.torch_trainer import TorchTrainer
 from clipctl.loss import PolicyLoss
@@ -58,7 +59,7 @@ class BareTrainer(TorchTrainer):
                 value = loss(logprob_T, *given)
             if live:
                 value.backward()  # type: ignore[no-untyped-call]
-                self._gather_gradients()
+                take_gradients(self.parameters, self.masters)
             values.append(value.detach())
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.spec.optim.grad_clip))
         assert math.isfinite(norm)
