@@ -286,11 +286,21 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def _exact_products(operand: Tensor) -> Iterator[None]:
     """No TF32 in float32 products; for values that are bfloat16 the CPU's bfloat16 units, whose products are exact and
     whose sums are float32."""
-    on_cpu = operand.device.type == "cpu"
-    backend = torch.backends.mkldnn.matmul if on_cpu else torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    before = backend.fp32_precision
-    backend.fp32_precision = "bf16" if on_cpu and operand.dtype == torch.bfloat16 else "ieee"
-    try:
+    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = cpu.fp32_precision
+    if operand.device.type == "cpu":
+        cpu.fp32_precision = "bf16" if operand.dtype == torch.bfloat16 else "ieee"
+        try:
+            yield
+        finally:
+            cpu.fp32_precision = before
+    elif cuda.fp32_precision == "tf32":
+        # By torch's older call, which sets what its newer one does too: a product in which the two differ is refused.
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision("high")
+            cpu.fp32_precision = before
+    else:
         yield
-    finally:
-        backend.fp32_precision = before

@@ -9,7 +9,9 @@ import torch
 from conftest import VOCABULARY, random_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from clipctl.engine import attention, torch_sampler
 from clipctl.engine.attention import use_grouped_attention
 from clipctl.engine.torch_sampler import TorchSampler, draw_tokens, nucleus
 from clipctl.rollout import Completion, DrawKey, Prompt, SamplingParams
@@ -166,3 +168,46 @@ def test_weights_of_another_model_are_taken_over(model: Any) -> None:
     expected = groups_of(TorchSampler(use_grouped_attention(other), 64), prompts(), 2, params())
     assert groups_of(sampler, prompts(), 2, params()) == expected
     assert before != expected
+
+
+def test_on_a_gpu_one_looks_less_often_at_who_has_finished(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that stopped between two looks go on unseen; the same is drawn, also when the last look is past the end."""
+    whole = groups_of(TorchSampler(model, 64), prompts(), 8, params())
+    for every in (7, 1000):
+        monkeypatch.setitem(torch_sampler.LOOK_EVERY, "cpu", every)
+        seldom = groups_of(TorchSampler(model, 64), prompts(), 8, params())
+        for mine, theirs in zip(seldom, whole, strict=True):
+            assert [(c.token_ids, c.finish) for c in mine] == [(c.token_ids, c.finish) for c in theirs]
+            for ours, other in zip(mine, theirs, strict=True):
+                np.testing.assert_allclose(ours.logprobs, other.logprobs, atol=2e-5)
+
+
+def test_repeated_keys_are_the_same_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the GPU's kernels that take no groups are given, against grouped keys, with a mask and causal."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 6, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    mask = torch.rand(2, 1, 9, 9) < 0.7
+    mask |= torch.eye(9, dtype=torch.bool)
+    for given_mask in (None, mask):
+        grouped, _ = attention.grouped_attention(nn.Identity(), query, key, value, given_mask)
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "repeats_keys", lambda *_: True)
+            repeated, _ = attention.grouped_attention(nn.Identity(), query, key, value, given_mask)
+        torch.testing.assert_close(repeated, grouped)
+    on_gpu = query.to("meta")
+    assert attention.repeats_keys(on_gpu, None)
+    assert attention.repeats_keys(on_gpu.bfloat16(), mask)
+    assert not attention.repeats_keys(on_gpu.bfloat16(), None)
+    assert not attention.repeats_keys(query, mask)
+
+
+def test_the_cache_doubles_up_to_what_will_be_needed() -> None:
+    layer = attention.ColumnLayer(at_most=300)
+    capacities = []
+    for columns in (10, 1, 70, 60, 1, 1, 120, 30, 7):
+        states = torch.randn(2, 1, columns, 4)
+        keys, _ = layer.update(states, states)
+        assert torch.equal(keys[:, :, -columns:], states)
+        capacities.append(layer.keys.shape[2])
+    assert capacities == [74, 74, 148, 148, 148, 148, 300, 300, 300]
+    assert layer.get_seq_length() == 300

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import profile
 
+from clipctl import statistics
 from clipctl.statistics import CHUNK_ELEMENTS, CHUNK_VOCABULARY, TokenStatistics, float32_logits, token_statistics
 
 FIELDS = TokenStatistics.__slots__
@@ -323,3 +324,18 @@ def test_the_shapes_of_these_tests_need_several_chunks() -> None:
     tokens, _, vocabulary = MANY_CHUNKS
     assert vocabulary > 2 * CHUNK_VOCABULARY["cpu"]
     assert tokens * CHUNK_VOCABULARY["cpu"] > CHUNK_ELEMENTS["cpu"]
+
+
+def test_tf32_that_a_caller_allowed_is_off_within_and_on_after() -> None:
+    """On a GPU; torch refuses a product where its two settings for it differ, so both must be moved."""
+    matmul = torch.backends.cuda.matmul
+    elsewhere = torch.empty(1, device="meta")
+    try:
+        torch.set_float32_matmul_precision("high")
+        with statistics._exact_products(elsewhere):
+            assert (matmul.fp32_precision, matmul.allow_tf32) == ("ieee", False)
+        assert (matmul.fp32_precision, matmul.allow_tf32) == ("tf32", True)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    with statistics._exact_products(elsewhere):
+        assert not matmul.allow_tf32

@@ -1,7 +1,7 @@
 """Attention and key-value cache of the torch engine, in transformers' own extension points.
 
-The attention is the scaled dot product with keys and values that are never repeated for grouped queries: in decoding
-the queries of one key-value head become the query positions of one call, which also takes a mask.
+The attention is the scaled dot product with keys and values that are not repeated for grouped queries where a kernel takes
+them so: in decoding the queries of one key-value head become the query positions of one call, which also takes a mask.
 The cache is one block of memory per layer that all rows write at the same column; a row that began later has its
 first columns masked. So prompts of any length decode side by side, and finished rows are taken out by an index.
 
@@ -10,7 +10,7 @@ Letters: B rows, H query heads, K key-value heads, Q query positions, C columns,
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, float32, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache, CacheLayerMixin  # noqa: TID253
 
@@ -18,7 +18,7 @@ from clipctl.errors import ModelError
 
 NAME = "clipctl_grouped"
 GROWTH = 64
-"""Columns by which a full cache grows."""
+"""Columns by which a full cache grows at least."""
 
 
 def use_grouped_attention(model: Any) -> Any:
@@ -54,6 +54,8 @@ def grouped_attention(
         grouped = query.view(rows, groups, heads // groups, size)
         mixed = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
         return mixed.reshape(rows, 1, heads, size), None
+    if heads != groups and repeats_keys(query, attention_mask):
+        key, value = (states.repeat_interleave(heads // groups, 1) for states in (key, value))
     mixed = scaled_dot_product_attention(
         query,
         key,
@@ -61,17 +63,27 @@ def grouped_attention(
         attn_mask=attention_mask,
         is_causal=attention_mask is None,
         scale=scaling,
-        enable_gqa=heads != groups,
+        enable_gqa=heads != key.shape[1],
     )
     return mixed.transpose(1, 2).contiguous(), None
 
 
-class ColumnLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values of one layer, [B,K,capacity,E], filled up to `columns`."""
+def repeats_keys(query: Tensor, attention_mask: Tensor | None) -> bool:
+    """Whether grouped queries need repeated keys: on a GPU only the kernel for 16-bit values without a mask takes groups, and
+    what is left for others would hold the scores of all pairs of positions."""
+    return query.device.type != "cpu" and (attention_mask is not None or query.dtype == float32)
 
-    def __init__(self) -> None:
+
+class ColumnLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one layer, [B,K,capacity,E], filled up to `columns` of `at_most`.
+
+    Capacity doubles: blocks that grow little by little leave a GPU's allocator with blocks that fit nothing.
+    """
+
+    def __init__(self, at_most: int) -> None:
         super().__init__()
         self.columns = 0
+        self.at_most = at_most
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
@@ -82,8 +94,9 @@ class ColumnLayer(CacheLayerMixin):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         end = self.columns + key_states.shape[2]
         if end > self.keys.shape[2]:
-            self.keys = _grown(self.keys, self.columns, end + GROWTH)
-            self.values = _grown(self.values, self.columns, end + GROWTH)
+            capacity = max(end, min(max(end + GROWTH, 2 * self.keys.shape[2]), self.at_most))
+            self.keys = _grown(self.keys, self.columns, capacity)
+            self.values = _grown(self.values, self.columns, capacity)
         self.keys[:, :, self.columns : end] = key_states
         self.values[:, :, self.columns : end] = value_states
         self.columns = end
@@ -105,10 +118,10 @@ class ColumnLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class ColumnCache(Cache):  # type: ignore[misc]
-    """One `ColumnLayer` a layer of the model."""
+    """One `ColumnLayer` a layer of the model. at_most: columns that will ever be needed."""
 
-    def __init__(self, layers: int) -> None:
-        super().__init__(layers=[ColumnLayer() for _ in range(layers)])
+    def __init__(self, layers: int, at_most: int) -> None:
+        super().__init__(layers=[ColumnLayer(at_most) for _ in range(layers)])
 
     def take(self, rows_B: Tensor) -> None:
         for layer in self.layers:

@@ -90,15 +90,17 @@ def score_batch(
     """
     ends = np.cumsum(batch.lengths_R)
     found_2T = torch.zeros(2, int(ends[-1]))
+    scored: list[tuple[Tensor, TokenStatistics]] = []
     for rows in minibatches(batch.responses, spec.optim.responses_per_update):
         parts = layout(batch, rows, spec.engine.tokens_per_microbatch, ranks)
         for mine in my_passes(batch, parts, ranks, together=together):
             with torch.no_grad():
                 statistics = forward(batch, mine.part)
             if mine.counts:
-                at_T = flat_places(ends, batch.lengths_R, mine.part)
-                found_2T[0, at_T] = statistics.logprob_T.cpu()
-                found_2T[1, at_T] = statistics.entropy_T.cpu()
+                scored.append((flat_places(ends, batch.lengths_R, mine.part), statistics))
+    # Fetched when all is queued: a fetch makes the host wait for a GPU.
+    for at_T, statistics in scored:
+        found_2T[0, at_T], found_2T[1, at_T] = statistics.logprob_T.cpu(), statistics.entropy_T.cpu()
     ranks.sum(found_2T)
     if not bool(torch.isfinite(found_2T).all()):
         raise DivergedError("a log-probability or entropy of this rollout is not finite; the policy is broken")
@@ -168,7 +170,7 @@ def microbatch_loss(
     forward: Forward,
 ) -> Tensor:
     """The share of the loss that one micro-batch has, with a graph where it is live; its statistics go into `tokens`."""
-    at_T = places_in_update(batch, rows, part).to(tokens.logprob_T.device)
+    at_T = queued_copy(places_in_update(batch, rows, part), tokens.logprob_T.device)
     with torch.set_grad_enabled(live):
         found = forward(batch, part)
         value = loss(
@@ -210,6 +212,11 @@ def places_in_update(batch: Batch, rows: range, part: Sequence[int]) -> Tensor:
     """Places of the tokens of `part` among those of the optimizer batch `rows`."""
     lengths_R = batch.lengths_R[rows.start : rows.stop]
     return flat_places(np.cumsum(lengths_R), lengths_R, [row - rows.start for row in part])
+
+
+def queued_copy(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; for a GPU from pinned memory, so that the host goes on while the copy waits its turn."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def flat_places(ends_R: np.ndarray, lengths_R: np.ndarray, part: Sequence[int]) -> Tensor:

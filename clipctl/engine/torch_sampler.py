@@ -18,6 +18,8 @@ from clipctl.statistics import float32_logits
 
 COMPACT_AT = 0.75
 """Finished rows are taken out when at most this share of the rows is still alive."""
+LOOK_EVERY = {"cpu": 1, "cuda": 16}
+"""Steps between two looks at who has finished, by device: a look makes the host wait for a GPU that has work queued."""
 BLOCK = 256
 """Tokens of one block of the two-level inverse of the cumulative distribution."""
 
@@ -42,6 +44,8 @@ class TorchSampler:
             # What is done is decoded again beside the rest of its wave: another wave would round differently.
             self.model.eval()
             groups = self._decode([prompts[place] for place in places], n, params)
+            # Blocks of the cache are of sizes that training has no use for; without a GPU this does nothing.
+            torch.cuda.empty_cache()
             yield from ((place, group) for place, group in zip(places, groups, strict=True) if place not in done)
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
@@ -58,7 +62,7 @@ class TorchSampler:
     @torch.inference_mode()
     def _decode(self, prompts: Sequence[Prompt], n: int, params: SamplingParams) -> list[list[Completion]]:
         device = next(self.model.parameters()).device
-        hidden_BD, cache, start_B = self._prefill(prompts, n, device)
+        hidden_BD, cache, start_B = self._prefill(prompts, n, params.max_tokens, device)
         uniform_BT = torch.from_numpy(uniform_draws(prompts, n, params.max_tokens)).to(device)
         stop = torch.tensor(sorted(params.stop_ids), device=device)
         rows = len(prompts) * n
@@ -68,6 +72,7 @@ class TorchSampler:
         lengths_R = torch.full((rows,), params.max_tokens, device=device)
         stopped_R = torch.zeros(rows, dtype=torch.bool, device=device)
         in_cache_B = alive_B
+        look_every = LOOK_EVERY[device.type]
         for step in range(params.max_tokens):
             logits_BV = float32_logits(hidden_BD, self.model.lm_head.weight)
             if params.temperature == 0:
@@ -80,26 +85,31 @@ class TorchSampler:
             logprobs_RT[in_cache_B, step] = logprob_B
             ended_B = torch.isin(token_B, stop) & ~stopped_R[in_cache_B]
             stopped_R[in_cache_B] |= ended_B
-            lengths_R[in_cache_B[ended_B]] = step + 1
-            going_B = ~stopped_R[in_cache_B]
-            going = int(going_B.sum())
-            if going == 0 or step + 1 == params.max_tokens:
+            lengths_R[in_cache_B] = torch.where(ended_B, step + 1, lengths_R[in_cache_B])
+            if step + 1 == params.max_tokens:
                 break
-            if going <= COMPACT_AT * len(in_cache_B):
-                kept_B = going_B.nonzero().squeeze(1)
-                cache.take(kept_B)
-                in_cache_B, start_B, token_B = in_cache_B[kept_B], start_B[kept_B], token_B[kept_B]
+            if (step + 1) % look_every == 0:
+                going_B = ~stopped_R[in_cache_B]
+                going = int(going_B.sum())
+                if going == 0:
+                    break
+                if going <= COMPACT_AT * len(in_cache_B):
+                    kept_B = going_B.nonzero().squeeze(1)
+                    cache.take(kept_B)
+                    in_cache_B, start_B, token_B = in_cache_B[kept_B], start_B[kept_B], token_B[kept_B]
             hidden_BD = self._forward(token_B[:, None], start_B, cache)
         return _completions(tokens_RT, logprobs_RT, lengths_R, stopped_R, n)
 
-    def _prefill(self, prompts: Sequence[Prompt], n: int, device: torch.device) -> tuple[Tensor, ColumnCache, Tensor]:
+    def _prefill(
+        self, prompts: Sequence[Prompt], n: int, max_tokens: int, device: torch.device
+    ) -> tuple[Tensor, ColumnCache, Tensor]:
         """The last hidden state of each prompt, once per group, then repeated for the group's n rows."""
         columns = max(len(prompt.token_ids) for prompt in prompts)
         ids_PC = torch.zeros(len(prompts), columns, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids_PC[row, columns - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
         start_P = torch.tensor([columns - len(prompt.token_ids) for prompt in prompts], device=device)
-        cache = ColumnCache(self.model.config.num_hidden_layers)
+        cache = ColumnCache(self.model.config.num_hidden_layers, columns + max_tokens)
         hidden_PD = self._forward(ids_PC.to(device), start_P, cache)
         repeat_B = torch.arange(len(prompts), device=device).repeat_interleave(n)
         cache.take(repeat_B)

@@ -32,6 +32,7 @@ from clipctl.engine.passes import (
     my_passes,
     padded,
     places_in_update,
+    queued_copy,
     score_batch,
     score_otherwise,
     sum_statistics,
@@ -174,7 +175,7 @@ class TorchTrainer:
         for mine in my_passes(batch, self._layout(batch, rows), self.ranks):
             if not mine.live:
                 continue
-            at_T = places_in_update(batch, rows, mine.part).to(tokens.logprob_T.device)
+            at_T = queued_copy(places_in_update(batch, rows, mine.part), tokens.logprob_T.device)
             logprob_T = self._forward(batch, mine.part).logprob_T
             for name, pull_T in loss.pull(*(tensor[at_T] for tensor in given)).items():
                 if bool((pull_T != 0).any()):
@@ -249,9 +250,8 @@ class TorchTrainer:
         device = self.masters[0].device
         # transformers recomputes activations in training mode only; there is no dropout to switch on.
         self.model.train(self.spec.engine.gradient_checkpointing)
-        ids_BS, rows_T, columns_T = padded(batch, part)
-        hidden_BSD = self.model.model(input_ids=ids_BS.to(device), use_cache=False).last_hidden_state
-        rows_T, columns_T, ids_BS = rows_T.to(device), columns_T.to(device), ids_BS.to(device)
+        ids_BS, rows_T, columns_T = (queued_copy(tensor, device) for tensor in padded(batch, part))
+        hidden_BSD = self.model.model(input_ids=ids_BS, use_cache=False).last_hidden_state
         return hidden_BSD[rows_T, columns_T - 1], ids_BS[rows_T, columns_T]
 
 
