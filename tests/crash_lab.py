@@ -73,7 +73,7 @@ def in_a_fork(folder: Path, last: int) -> int:
 
 def main(folder: Path, crashes: list[int]) -> None:
     # What a run would load is loaded before the forks.
-    open_engine(load_spec("tiny", SPEC), find_model("tiny", pull=False))
+    open_engine(load_spec("tiny", SPEC), find_model("tiny", pull=False), 96, print)
     load_tokenizer(find_model("tiny", pull=False), None)
     pyarrow.array([1.0])
     for last in crashes:

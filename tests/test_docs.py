@@ -96,6 +96,8 @@ NOT_RUN = {
     "clipctl train --preset qwen3b-gsm8k --name first --nproc 8": "8 GPUs",
     "clipctl train --preset tiny --set engine.trainer=deepspeed --set ledger.network_every=0 --nproc 2": "test_deepspeed.py",
     "clipctl train --preset llama8b-gsm8k --set engine.trainer=deepspeed --set engine.deepspeed.zero_stage=3 --nproc 8": "8 GPUs",
+    "clipctl train --preset tiny --set engine.sampler=vllm": "needs vLLM; test_vllm.py trains with it",
+    "clipctl eval --model smollm2-135m-instruct --benchmark svamp --top-p 1 --set engine.sampler=vllm": "the same",
     "clipctl eval --run runs/my-run@40 --benchmark gsm8k --benchmark math500 -k 8": "benchmarks from the hub",
     "clipctl eval --model qwen2.5-3b-instruct --benchmark gsm8k --benchmark math500 -k 8 --set engine.device=cuda": "a GPU",
 }

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from clipctl.errors import SpecError
 from clipctl.spec import (
     RunSpec,
+    Vllm,
     flatten,
     load_spec,
     nest,
@@ -192,8 +193,7 @@ def test_a_file_and_overrides(tmp_path: Path) -> None:
 
 def test_every_field_says_what_it_is() -> None:
     """The schema is the reference of a spec, so no field may be without a description where its name does not say it."""
-    by_their_name = {"data.arith", "optim.betas", "optim.eps", "optim.weight_decay", "engine.sampler",
-                     "engine.device"}  # fmt: skip
+    by_their_name = {"data.arith", "optim.betas", "optim.eps", "optim.weight_decay", "engine.device"}
     undocumented = {
         f"{group}.{name}"
         for group, field in RunSpec.model_fields.items()
@@ -202,6 +202,15 @@ def test_every_field_says_what_it_is() -> None:
         if not inner.description
     }
     assert undocumented == by_their_name
+    assert all(field.description for field in Vllm.model_fields.values())
+
+
+def test_keys_of_vllm_need_vllm() -> None:
+    with pytest.raises(SpecError, match=r"engine\.vllm: its keys have no effect with sampler = 'torch'"):
+        load_spec("tiny", {"engine.vllm.rebuilds": 3})
+    with pytest.raises(SpecError, match=r"engine\.vllm\.tensor_parallel = 2 needs device = 'cuda'"):
+        load_spec("tiny", {"engine.sampler": "vllm", "engine.vllm.tensor_parallel": 2})
+    assert load_spec("tiny", {"engine.sampler": "vllm", "engine.vllm.rebuilds": 3}).engine.vllm.rebuilds == 3
 
 
 def test_the_spec_loads_without_torch() -> None:

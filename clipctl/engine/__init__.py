@@ -3,7 +3,7 @@
 Dimension letters as in `clipctl.rollout`.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -38,6 +38,10 @@ class Sampler(Protocol):
 
     def update_weights(self, weights: Iterator[tuple[str, "Tensor"]], version: int) -> None:
         """Take over the named tensors; the next sample comes from policy `version`."""
+        ...
+
+    def rest(self) -> None:
+        """Nothing will be sampled before the next `update_weights`: memory may be given back until then."""
         ...
 
     def close(self) -> None: ...
@@ -125,13 +129,30 @@ class Trainer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EnginePair:
+    """shared: the sampler reads the trainer's own memory, so no update of weights can go wrong."""
+
     sampler: Sampler
     trainer: Trainer
+    shared: bool
 
 
-def open_engine(spec: RunSpec, model_folder: Path, ranks: Ranks = ALONE) -> EnginePair:
+def check_sampler(engine: Engine) -> None:
+    """Raises DependencyError for a GPU or a package that the sampler needs and that is not there."""
+    from clipctl.models import check_device
+
+    check_device(engine.device)
+    if engine.sampler == "vllm":
+        from clipctl.engine.vllm_setup import check_package
+
+        check_package(engine.device)
+
+
+def open_engine(
+    spec: RunSpec, model_folder: Path, longest: int, tell: Callable[[str], None], ranks: Ranks = ALONE
+) -> EnginePair:
     """The sampler and the trainer that the spec names, both with the model of `model_folder`: those of this rank.
 
+    longest: tokens of prompt and response together, at most. tell: of an engine that was lost and is started again.
     On one device the torch sampler shares the trainer's weights, so an update needs no copy; with ZeRO-3, where no process has
     them whole, it has its own.
     """
@@ -142,8 +163,14 @@ def open_engine(spec: RunSpec, model_folder: Path, ranks: Ranks = ALONE) -> Engi
     divided = spec.engine.trainer == "deepspeed" and spec.engine.deepspeed.zero_stage == 3
     model = _load(model_folder, spec.model, "cpu" if divided else spec.engine.device)
     trainer = open_trainer(model, spec, ranks)
+    if spec.engine.sampler == "vllm":
+        from clipctl.engine.vllm_setup import trainer_growth
+
+        reserved = trainer_growth(spec, model_folder)
+        vllm = open_vllm(spec.engine, spec.model, model_folder, longest, reserved, trainer.weights, tell)
+        return EnginePair(vllm, trainer, shared=False)
     whole = _load(model_folder, spec.model, spec.engine.device) if divided else model
-    return EnginePair(TorchSampler(whole, spec.engine.sampler_rows), trainer)
+    return EnginePair(TorchSampler(whole, spec.engine.sampler_rows), trainer, shared=not divided)
 
 
 def open_trainer(model: Any, spec: RunSpec, ranks: Ranks) -> Trainer:
@@ -157,13 +184,39 @@ def open_trainer(model: Any, spec: RunSpec, ranks: Ranks) -> Trainer:
     return DeepSpeedTrainer(model, spec, ranks)
 
 
-def open_sampler(engine: Engine, model: Model, model_folder: Path) -> Sampler:
-    """The sampler alone, with the model of `model_folder`: no gradients, no optimizer."""
+def open_sampler(
+    engine: Engine, model: Model, model_folder: Path, longest: int, tell: Callable[[str], None]
+) -> Sampler:
+    """The sampler alone, with the model of `model_folder`: no gradients, no optimizer. longest, tell: as above."""
+    if engine.sampler == "vllm":
+        return open_vllm(engine, model, model_folder, longest, 0, lambda: iter(()), tell)
     from clipctl.engine.passes import set_up_torch
     from clipctl.engine.torch_sampler import TorchSampler
 
     set_up_torch(engine)
     return TorchSampler(_load(model_folder, model, engine.device), engine.sampler_rows)
+
+
+def open_vllm(
+    engine: Engine,
+    model: Model,
+    model_folder: Path,
+    longest: int,
+    reserved: int,
+    weights: Callable[[], Iterator[tuple[str, "Tensor"]]],
+    tell: Callable[[str], None],
+) -> Sampler:
+    """The vLLM sampler. reserved: bytes that the trainer will hold beside what it holds now. weights: its current ones."""
+    from clipctl.engine.vllm_sampler import VllmSampler
+    from clipctl.engine.vllm_setup import largest_tensor, set_up
+    from clipctl.engine.vllm_weights import CudaIpc, SharedMemory
+    from clipctl.models import model_shape
+
+    shape = model_shape(str(model_folder))
+    setup = set_up(engine, model, model_folder, shape, longest, reserved)
+    push = CudaIpc(largest_tensor(model, shape), setup.devices) if setup.devices else SharedMemory()
+    setup.arguments["weight_backend"] = push.backend
+    return VllmSampler(engine.vllm, setup, push, weights, tell)
 
 
 def _load(model_folder: Path, model: Model, device: str) -> Any:

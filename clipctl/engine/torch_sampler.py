@@ -56,6 +56,9 @@ class TorchSampler:
                 if own[name].data_ptr() != tensor.data_ptr():
                     own[name].copy_(tensor)
 
+    def rest(self) -> None:
+        """Nothing to give back: a decoder's memory goes with its wave."""
+
     def close(self) -> None:
         """Nothing to give back."""
 
