@@ -40,7 +40,8 @@ def serve(parent: int, imports: Sequence[str]) -> None:
     """Main program of the server: requests in on stdin, one JSON object a line, until that closes; what became of them out on
     stdout. Returns in forked children too, when their command has ended."""
     die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What comes to a run before it has its own handlers ends it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Packages print when they are imported.
     answers = os.dup(1)
     os.dup2(2, 1)

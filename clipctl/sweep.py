@@ -16,14 +16,16 @@ from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import IO, TypeVar
 
-from clipctl.errors import Preempted, SpecError, SweepFailed
+from clipctl.errors import Preempted, SpecError, StoreError, SweepFailed
 from clipctl.fork_server import ForkServer
 from clipctl.interrupts import StopNow, StopRequests, catch_signals, job_end
 from clipctl.sweep_folder import Placed, is_running, open_claim
 from clipctl.sweep_spec import Member, SweepSpec, toml_text
 
-LOOK_SECONDS = 1.0
-"""Between two looks at runs that another launch runs."""
+LOOK_SECONDS = 0.5
+"""Between two looks at runs that another launch runs, and two drawings."""
+REACTION_SECONDS = 0.05
+"""Until a signal is passed on. A scheduler may signal the runs as well: what comes to them at once is one request."""
 DYING_SECONDS = 10.0
 """How much longer than its grace time a run may take to end."""
 INTERRUPTED = (75, 130)
@@ -245,8 +247,10 @@ class _Launch:
         try:
             while (self._running or self.waiting) and not stop.reason:
                 self._start()
-                if self._running or self.waiting:
-                    self._reap(LOOK_SECONDS / 2 if self._running else LOOK_SECONDS)
+                until = time.monotonic() + LOOK_SECONDS
+                while (self._running or self.waiting) and time.monotonic() < until and not stop.reason:
+                    if self._reap(REACTION_SECONDS):
+                        break
                 watch(self.progress)
             self._end_all(stop, watch)
         except StopNow:
@@ -279,7 +283,13 @@ class _Launch:
     def _look_at(self, place: Placed) -> None:
         if self._is_done(place):
             return
-        claim = open_claim(place.folder)
+        try:
+            claim = open_claim(place.folder)
+        except StoreError as error:
+            self.waiting.remove(place)
+            self.progress.ended[place.member.name] = error.exit_code
+            self.tell(f"{place.member.name}: failed: {error}")
+            return
         if claim is None:
             return
         # It may have ended while it was being claimed.
@@ -294,7 +304,9 @@ class _Launch:
         self._count += 1
         self._running[self._count] = _Running(place, share, claim, began)
         self.progress.running.add(place.member.name)
-        self._server.start(self._count, (*place.command, *self.more), self._log(place), share.cores, share.environment)
+        # The sweep passes the end of a Slurm job on; two notices of it would be two requests.
+        environment = {**share.environment, "SLURM_JOB_END_TIME": ""}
+        self._server.start(self._count, (*place.command, *self.more), self._log(place), share.cores, environment)
 
     def _is_done(self, place: Placed) -> bool:
         """Whether there is nothing left to do of a run that waits; it is told and counted then."""
@@ -307,10 +319,12 @@ class _Launch:
             self.tell(f"{place.member.name}: failed before: {place.message}")
         return True
 
-    def _reap(self, seconds: float) -> None:
+    def _reap(self, seconds: float) -> bool:
+        """Whether some ended within so many seconds."""
         if not self._running:
             time.sleep(seconds)
-            return
+            return False
+        before = len(self._running)
         for number, code in self._server.ended(seconds).items():
             running = self._running.pop(number)
             running.claim.close()
@@ -324,6 +338,7 @@ class _Launch:
             self.crashed |= code < 0
             self.progress.ended[name] = code
             self.tell(f"{name}: {self._end_words(running, code)}")
+        return len(self._running) < before
 
     def _end_words(self, running: _Running, code: int) -> str:
         place, seconds = running.place, time.monotonic() - running.began

@@ -31,11 +31,14 @@ LONGER = TINY | {"run.steps": 8, "rollout.prompts": 8, "optim.epochs": 3}
 GRID = ("--grid", "clip.low=0.1,0.2", "--grid", "clip.high=0.1,inf")
 
 
-def started(folder: Path, spec: dict[str, Any], *arguments: str, preset: str = "tiny") -> "subprocess.Popen[str]":
+def started(
+    folder: Path, spec: dict[str, Any], *arguments: str, preset: str = "tiny", environment: dict[str, str] | None = None
+) -> "subprocess.Popen[str]":
     sets = [word for key, value in spec.items() for word in ("--set", f"{key}={value}")]
     return subprocess.Popen(
         [sys.executable, "-m", "clipctl", "sweep", "--preset", preset, "--name", "s", *sets, *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=folder,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
+        env=ENVIRONMENT | (environment or {}),
     )  # fmt: skip
 
 
@@ -111,6 +114,15 @@ def test_more_threads_than_cores_are_told_and_not_lowered() -> None:
     assert warnings[0].startswith("engine.threads = 1000, and each of 2 runs at once has ")
     assert {member.spec.engine.threads for member in members} == {1000}
     assert len(share_machine(members[:1], 5)[0]) == 1
+
+
+def test_what_is_imported_for_all_runs_is_there() -> None:
+    """A module that has moved would be imported by each of them again."""
+    from importlib.util import find_spec
+
+    from clipctl.fork_server import IMPORTS
+
+    assert [name for name in IMPORTS if find_spec(name) is None] == []
 
 
 # --- where runs lie ---------------------------------------------------------------------------------------------------
@@ -349,6 +361,32 @@ def test_a_signal_lets_every_run_save(tmp_path: Path, number: int, code: int) ->
     assert [state for state, _ in states(folder).values()] == ["interrupted", "interrupted"]
     assert errors.count(": interrupted: stopped by ") == 2
     assert errors.splitlines()[-1].endswith("2 of 4 runs ended, 0 running, 2 waiting; the same command goes on")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.6, 2.5])
+def test_a_signal_before_the_runs_have_begun(tmp_path: Path, seconds: float) -> None:
+    """While everything is imported, or a run has just been forked."""
+    process = started(tmp_path, LONGER | {"run.steps": 400}, *GRID, "--jobs", "2")
+    wait_until(lambda: (tmp_path / "runs" / "s" / "logs").exists())
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    returned, errors = ended(process)
+    assert returned == 130, errors
+    assert members_of(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_the_end_of_a_slurm_job_is_told_to_the_runs_once(tmp_path: Path) -> None:
+    """A sweep inside of a job: its runs save in the middle of a rollout, for which a second notice would leave no time."""
+    end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 90)}
+    margin = {"checkpoint.margin": 60.0, "run.steps": 4000}
+    process = started(tmp_path, LONGER | margin, "--seeds", "2", "--jobs", "2", environment=end)
+    returned, errors = ended(process)
+    assert returned == 75, errors
+    assert "the job's time is nearly over: 2 runs save and stop" in errors
+    assert errors.count(": interrupted: stopped by SIGTERM; ") == 2
+    assert {state for state, _ in states(tmp_path / "runs" / "s").values()} == {"interrupted"}
 
 
 @pytest.mark.slow
