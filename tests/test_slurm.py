@@ -186,9 +186,10 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         pytest.skip(f"no script that starts it at {TOOLS}")
     pytest.importorskip("submitit")
     folder = tmp_path_factory.mktemp("slurm")
-    started = subprocess.run(
-        ["bash", str(TOOLS / "slurm_up.sh"), str(folder)], capture_output=True, text=True, timeout=120, check=False
-    )
+    # nproc, which the script asks for the number of cores, believes OMP_NUM_THREADS.
+    plain = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    words = ["bash", str(TOOLS / "slurm_up.sh"), str(folder)]
+    started = subprocess.run(words, env=plain, capture_output=True, text=True, timeout=120, check=False)
     try:
         assert started.returncode == 0, started.stdout + started.stderr
         here = str(Path(__file__).parent)
@@ -326,6 +327,23 @@ def test_the_printed_script_runs_and_requeues(tmp_path: Path, slurm: dict[str, s
     for seed in (0, 1):
         assert status(folder / f"tiny-{seed}")["attempt"] >= 1
         assert_same(folder / f"tiny-{seed}", undisturbed / f"tiny-{seed}", 9)
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_the_tasks_of_a_job_are_the_processes_of_its_run(tmp_path: Path, slurm: dict[str, str]) -> None:
+    """Two of them, both of which are signalled; one speaks for the job."""
+    if os.cpu_count() == 1:
+        pytest.skip("a job of two tasks needs two cores")
+    arguments = (*SETS, "--slurm", "time=9", "--slurm", "ntasks=2", "--slurm", "partition=main")
+    assert clipctl(slurm, tmp_path, *arguments).returncode == 0
+    run = tmp_path / "runs" / "s" / "tiny-0"
+    wait_until(lambda: rollouts(run) >= 2)
+    preempt(slurm)
+    done = clipctl(slurm, tmp_path, *arguments, "--wait")
+    assert done.returncode == 0, done.stderr
+    assert (status(run)["state"], status(run)["rollouts"]) == ("finished", 9)
+    assert status(run)["attempt"] >= 1
 
 
 @pytest.mark.slurm
