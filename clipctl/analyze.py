@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING
 from clipctl.analysis import HEADINGS, Options, check_options
 from clipctl.errors import SpecError
 from clipctl.formats import encoded, format_of, write_out
+from clipctl.limits import each_in_time
 from clipctl.notebook import VIEW_NAMES
 from clipctl.overview import shown
 from clipctl.plots import check_plot_path, save_chart
-from clipctl.store import Runs, open_runs
+from clipctl.store import SECONDS, Runs, open_runs
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+LONGEST = SECONDS + 5
+"""Seconds in which a part of the answer to `--sql` must be there: DuckDB ends nearly all queries before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,7 @@ def analyze(
     output: one of FORMATS, None for that of `out`'s suffix, else a table. terminal: whether the answer goes to one, where
     escapes must not get through. width: of that terminal, in characters. Raises SpecError for a path that does not exist,
     an unknown format, view or suffix, an option of another view, or a query that is not one SELECT, errors of a query also
-    while the parts are taken; StoreError where a file cannot be written.
+    while the parts are taken; StoreError where a file cannot be written. A query that cannot be ended ends the process.
     """
     options = options or Options()
     output = format_of(output, out)
@@ -64,7 +68,7 @@ def analyze(
         raise SpecError(f"analyze: no runs under {', '.join(map(str, paths))}; clipctl train makes one")
     notes: tuple[str, ...] = ()
     if sql is not None:
-        batches = runs.batches(sql)
+        batches = each_in_time(runs.batches(sql), LONGEST)
     else:
         answer = VIEW_NAMES[view](runs, options)
         batches, notes = iter(_headed(answer.table, view, output).to_batches(1 << 16)), answer.notes

@@ -388,22 +388,24 @@ def analyze(
         print("\n".join(map(str, export_paths(paths, *export))))
         return
     from clipctl.analyze import analyze as answer
+    from clipctl.limits import ended_by_signals
 
     if sql is not None:
-        from clipctl.query import limit_memory
+        from clipctl.limits import limit_memory
 
         limit_memory()
     options = Options(tuple(grid or ()), tuple(by or ()), rollout, prompt, rollouts)
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if terminal else None
-    printed = answer(
-        paths, sql, output, terminal, view=view or "overview", options=options, plot=plot, out=out, width=width
-    )
-    for note in printed.notes:
-        print(f"note: {note}", file=sys.stderr)
-    for part in printed.parts:
-        sys.stdout.buffer.write(part)
-    sys.stdout.flush()
+    with ended_by_signals():
+        printed = answer(
+            paths, sql, output, terminal, view=view or "overview", options=options, plot=plot, out=out, width=width
+        )
+        for note in printed.notes:
+            print(f"note: {note}", file=sys.stderr)
+        for part in printed.parts:
+            sys.stdout.buffer.write(part)
+        sys.stdout.flush()
 
 
 @app.command()

@@ -166,6 +166,7 @@ def _differing(first: Evaluation, second: Evaluation) -> list[str]:
         "temperature",
         "top_p",
         "max_tokens",
+        "seed",
         "template_hash",
         "chat_template_hash",
         "grader_version",

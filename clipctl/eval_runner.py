@@ -213,7 +213,10 @@ def _run(
         except BaseException as error:
             writer.close("failed", str(error))
             raise
-        writer.close("finished", "")
+        try:
+            writer.close("finished", "")
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped by hand; the evaluation is finished: clipctl analyze {writer.folder}") from None
     return writer.folder
 
 

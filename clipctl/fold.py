@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 def fold(folder: Path) -> None:
     """Builds metrics.duckdb from everything the run has, as a new file renamed over the old one, and then removes the
-    segments that it holds. A run with damage is left alone, for readers to name and for people to mend. Raises OSError."""
+    segments that it holds. A run with damage is left alone, for readers to name and for people to mend. Raises OSError, and
+    KeyboardInterrupt, after which all is as before."""
     import duckdb
 
     beside = folder / ".metrics.duckdb"
@@ -40,6 +41,10 @@ def fold(folder: Path) -> None:
                 source.execute("insert into target.segments select unnest(?)", [sorted({*held, *new})])
             source.execute("create table target.store_version as select ? as version", [SCHEMA_VERSION])
             source.execute("detach target")
+    except (duckdb.InterruptException, RuntimeError):
+        # DuckDB's names for Ctrl-C.
+        beside.unlink(missing_ok=True)
+        raise KeyboardInterrupt from None
     except duckdb.Error as error:
         beside.unlink(missing_ok=True)
         raise OSError(str(error).splitlines()[0]) from None

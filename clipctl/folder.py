@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipctl.schema import BY_ITSELF, EVALUATION, FOLDED, SCHEMA_VERSION
-from clipctl.segments import is_whole
+from clipctl.segments import is_whole, is_whole_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -128,19 +128,18 @@ def read_segments(folder: Path, names: Iterable[str], problems: list[str]) -> di
 
 def segment_problem(folder: Path, name: str, *, versions: bool) -> str | None:
     """What is wrong with a segment that is not read now: by its digest and, where asked, its schema version."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    file = folder / "journal" / name
     try:
-        content = (folder / "journal" / name).read_bytes()
+        if not is_whole_file(file):
+            return f"{name} is damaged (its content is not what was written)"
+        return _newer(pq.read_schema(file), name) if versions else None
     except FileNotFoundError:
         # A fold came between listing and reading, which whoever needs the rows will see.
         return None if table_of(name) in FOLDED else f"{name} vanished"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
-    if not is_whole(content, name):
-        return f"{name} is damaged (its content is not what was written)"
-    return _newer(pq.read_schema(pa.BufferReader(content)), name) if versions else None
 
 
 def _newer(schema: "pa.Schema", name: str) -> str | None:

@@ -13,9 +13,6 @@ if TYPE_CHECKING:
 TABLE_FUNCTIONS = ("generate_series", "json_each", "json_tree", "range", "unnest")
 """Functions that may stand after FROM: those that read nothing but their arguments."""
 
-PROCESS_BYTES = 4 << 30
-"""What a process that answers `--sql` may hold: twice what a query may, with room for the answer."""
-
 
 def named_views(connection: "duckdb.DuckDBPyConnection", query: str, views: Collection[str]) -> set[str]:
     """The views that a query reads.
@@ -40,15 +37,6 @@ def named_views(connection: "duckdb.DuckDBPyConnection", query: str, views: Coll
         elif node.get("type") in ("BASE_TABLE", "SHOW_REF"):
             names |= _view(node, views, own)
     return names
-
-
-def limit_memory() -> None:
-    """Limits what this process may hold to PROCESS_BYTES: DuckDB's own limit does not count one long text."""
-    import resource
-
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    most = PROCESS_BYTES if hard == resource.RLIM_INFINITY else min(PROCESS_BYTES, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 def syntax_tree(connection: "duckdb.DuckDBPyConnection", query: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from clipctl.analysis.samples import marked_text, most_clipped
 from clipctl.charts import CHARTS, chart
 from clipctl.cli import app
 from clipctl.errors import SpecError
+from clipctl.eval_report import find_evaluation, metric_rows
 from clipctl.journal import create_run
 from clipctl.panels import dots, paths, scatter
 from clipctl.panels import lines as panel_lines
@@ -280,6 +282,31 @@ def test_own_groups_have_intervals_at_both_ends_of_a_run(tmp_path: Path) -> None
     assert (found[found.rollout != 1].interval == "BCa over problems").all()
 
 
+def test_of_equal_evaluations_the_newest_is_shown_and_the_others_named(tmp_path: Path) -> None:
+    """The intervals are those that `clipctl eval` prints, to the last bit."""
+    make_run(tmp_path, "bare", 1, {}, rollouts=1)
+    rng = np.random.default_rng(3)
+    for name in ("e0", "e1", "e2"):
+        spec = json.dumps({"kind": "evaluation", "run": str(tmp_path / "bare")})
+        writer = create_run(tmp_path, name, spec, "eval")
+        started = datetime(2026, 1, 1, int(name[1]))
+        row = evaluation("svamp", 30) | {"temperature": [0.6], "top_p": [0.95], "started_at": [started]}
+        right = (rng.random((30, 4)) < rng.random((30, 1))).tolist()
+        writer.write_evaluation(0, 1, evals("svamp", right) | {"evaluations": row})
+        writer.close("finished", "")
+    with open_runs(tmp_path) as runs:
+        answer = VIEWS_OF_ANALYZE["passk"](runs, Options())
+        assert VIEWS_OF_ANALYZE["frontier"](runs, Options()).notes == answer.notes
+    assert answer.notes == ("bare@1, svamp: e2 is shown; older ones with its temperature and top-p are not: e1, e0",)
+    printed = metric_rows(find_evaluation("e2", tmp_path, "eval"))
+    shown = {row["k"]: row for row in answer.table.to_pylist()}
+    for metric, k in (("mean@4", 1), ("pass@2", 2), ("pass@4", 4)):
+        (row,) = [row for row in printed if row["metric"] == metric]
+        of_view = tuple(shown[k][f"pass_at_k{end}"] for end in ("", "_low", "_high"))
+        assert (row["value"], row["low"], row["high"]) == of_view
+        assert row["low"] < row["value"] < row["high"]
+
+
 def test_two_settings_of_one_benchmark_are_two(tmp_path: Path) -> None:
     make_run(tmp_path, "bare", 1, {}, rollouts=1)
     for at, temperature in enumerate((0.6, 1.0)):
@@ -455,12 +482,14 @@ def test_png_and_html_need_nothing_else(runs: Runs, tmp_path: Path) -> None:
 
 
 def readme_commands() -> list[str]:
-    section = (Path(__file__).parents[1] / "README.md").read_text().split("## Views\n")[1].split("\n## ")[0]
+    """The example of each view, and what draws the paper's figures."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    section = readme.split("## Views\n")[1].split("\n## ")[0]
     table = re.findall(r"^\| `[a-z-]+` \|.*\| `clipctl (analyze [^`]*)` \|$", section, flags=re.MULTILINE)
-    figures = [line.split("#")[0] for line in re.findall(r"^    clipctl (analyze .*)$", section, flags=re.MULTILINE)]
+    figures = re.findall(r"^\| `fig.*\| `(--view [^`]*)`[^|]*\|$", readme, flags=re.MULTILINE)
     assert len(table) == len(CHARTS)
-    assert len(figures) == 4
-    return [*table, *figures]
+    assert len(figures) == 6
+    return [*table, *(f"analyze runs/ {options} --plot figure.png" for options in dict.fromkeys(figures))]
 
 
 @pytest.mark.parametrize("command", readme_commands())

@@ -358,7 +358,7 @@ def test_the_command_prints_json_to_stdout_and_the_rest_to_stderr(tmp_path: Path
     compared = clipctl("--model", "tiny", "--benchmark", "arith", "-k", "2", "--limit", "3", "--set", "arith.style=expression",
                        "--max-tokens", "24", *other, "--runs-dir", str(tmp_path))  # fmt: skip
     assert compared.returncode == 0, compared.stderr
-    assert "arith: the two differ in temperature, top_p too" in compared.stdout
+    assert "arith: the two differ in temperature, top_p, seed too" in compared.stdout
 
 
 def test_answers_of_files_without_a_gold_are_an_error(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -136,3 +138,31 @@ def test_one_long_text_does_not_fill_the_memory(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "--sql: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+LONG_CALL = "select sum(levenshtein(repeat('ab', 400000), repeat(run_id, 800000))) as n from runs"
+"""One function call of minutes, in which DuckDB looks for neither limits nor signals."""
+QUICK = "import sys, clipctl.analyze as a; a.LONGEST = 2; from clipctl.cli import main; sys.argv[0] = 'clipctl'; main()"
+
+
+def test_one_long_function_call_is_ended(tmp_path: Path) -> None:
+    finished(tmp_path, "a")
+    command = [sys.executable, "-c", QUICK, "analyze", str(tmp_path), "--sql", LONG_CALL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "clipctl: --sql: no answer in 2 s; ask for less\n"
+
+
+@pytest.mark.parametrize("query", [LONG_CALL, ENDLESS])
+def test_ctrl_c_ends_any_query(query: str, tmp_path: Path) -> None:
+    finished(tmp_path, "a")
+    command = [sys.executable, "-m", "clipctl", "analyze", str(tmp_path), "--sql", query]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    used = Path(f"/proc/{process.pid}/stat")
+    while int(used.read_text().split()[13]) < 3 * os.sysconf("SC_CLK_TCK"):  # three seconds at work: within the query
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, ""), err
+    assert "Traceback" not in err

@@ -633,6 +633,21 @@ def assert_equal_rows(found: list[tuple[Any, ...]], wanted: list[tuple[Any, ...]
         assert one[1:] == pytest.approx(other[1:], rel=1e-14)
 
 
+def test_ctrl_c_ends_a_fold_and_nothing_is_lost(writer: RunWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(writer, 0)
+    before = answers(writer.folder)
+    endless = "select count(*) as n from range(1000000000000)"
+    with monkeypatch.context() as patched:
+        patched.setattr("clipctl.fold.sums_sql", lambda *_: endless)
+        ctrl_c = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
+        ctrl_c.start()
+        with pytest.raises(KeyboardInterrupt):
+            writer.close("finished", "")
+        ctrl_c.join()
+    assert sorted(file.name for file in writer.folder.iterdir() if "duckdb" in file.name) == []
+    assert answers(writer.folder) == before
+
+
 def test_runs_is_a_public_name() -> None:
     import clipctl
 

@@ -17,17 +17,19 @@ from clipctl.store import Runs
 
 OWN_GROUPS = "own groups"
 """`benchmark` of a run without an evaluation."""
-RESAMPLES = 2000
-"""Bootstrap resamples of each interval: there are many, and their ends need no third digit."""
 NEEDED = "evaluation and no graded group (clipctl eval --run makes one)"
 
-EVALUATED = """
-with settings as (
+SETTINGS = """
+settings as (
     select *, count(distinct (temperature, top_p)) over (partition by benchmark) > 1 as several,
         row_number() over (partition by coalesce(run_id, model), benchmark, rollout, temperature, top_p
             order by started_at desc, eval_id desc) as newest
     from evaluations
 )
+"""
+"""Evaluations with their place among those of one thing with the same settings, the newest first."""
+EVALUATED = f"""
+with {SETTINGS}
 select coalesce(e.run_id, s.model) as series,
     e.benchmark || coalesce(case when several then printf(' T=%g p=%g', temperature, top_p) end, '') as benchmark,
     e.rollout, e.problem_id, count(*) as n, sum(e.correct::int) as c
@@ -36,6 +38,12 @@ from evals as e join settings as s on e.eval_id = s.eval_id and e.benchmark = s.
 where newest = 1 and e.correct is not null group by all
 """
 """Samples and correct ones of each problem; of two evaluations of one thing with the same settings, the newer one."""
+OLDER = f"""
+with {SETTINGS}
+select coalesce(run_id, model) as series, benchmark, rollout,
+    any_value(eval_id) filter (newest = 1) as shown, list(eval_id order by newest) filter (newest > 1) as others
+from settings group by coalesce(run_id, model), benchmark, rollout, temperature, top_p having count(*) > 1 order by all
+"""
 GROUPED = f"""
 select run_id as series, '{OWN_GROUPS}' as benchmark, rollout, position::varchar as problem_id, count(*) as n,
     sum((outcome = 'correct')::int) as c
@@ -87,7 +95,7 @@ def _row(
     series: str, benchmark: str, rollout: int | None, k: int, n_P: np.ndarray, c_P: np.ndarray, *, interval: bool
 ) -> dict[str, Any]:
     value_P = pass_at_k_values(n_P, c_P, k)
-    found = mean_interval(value_P, np.random.default_rng(0), resamples=RESAMPLES) if interval else None
+    found = mean_interval(value_P, np.random.default_rng(0)) if interval else None
     return {
         "series": series, "runs": 1, "benchmark": benchmark, "rollout": rollout, "k": k, "problems": value_P.size,
         "samples": int(n_P.min()), "pass_at_k": found.value if found else float(value_P.mean()),
@@ -114,7 +122,17 @@ def passk_view(runs: Runs, options: Options) -> Answer:
     the runs the means over seeds. `unreliable` says why an interval is not to be relied on. Own groups have intervals, and
     every k, in a run's first and last rollout alone."""
     rows = passk_rows(runs, options.by)
-    return Answer(as_arrow(rows), (*without(runs, [row["series"] for row in rows], "passk", NEEDED), *own_groups(rows)))
+    notes = without(runs, [row["series"] for row in rows], "passk", NEEDED)
+    return Answer(as_arrow(rows), (*notes, *own_groups(rows), *older(runs)))
+
+
+def older(runs: Runs) -> tuple[str, ...]:
+    """A note for each measurement that was made several times, of which only the newest is shown."""
+    return tuple(
+        f"{row['series']}{'' if row['rollout'] is None else '@' + str(row['rollout'])}, {row['benchmark']}: "
+        f"{row['shown']} is shown; older ones with its temperature and top-p are not: {', '.join(row['others'])}"
+        for row in runs.table(OLDER).to_pylist()
+    )
 
 
 def own_groups(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -137,7 +155,7 @@ def frontier_view(runs: Runs, options: Options) -> Answer:
     """
     rows = frontier_rows(runs, options.by)
     notes = without(runs, [row["series"] for row in rows], "frontier", NEEDED)
-    return Answer(as_arrow(rows), (*notes, *own_groups(rows)))
+    return Answer(as_arrow(rows), (*notes, *own_groups(rows), *older(runs)))
 
 
 def frontier_rows(runs: Runs, by: Sequence[str]) -> list[dict[str, Any]]:
