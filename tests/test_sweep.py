@@ -349,6 +349,27 @@ def test_sweeps_share_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_small_figures_run_and_are_drawn(tmp_path: Path) -> None:
+    """Smaller still: one seed, two rollouts; then the commands that they say."""
+    spec = {"run.steps": 2, "rollout.prompts": 8, "data.arith.problems": 64, "optim.epochs": 2, "eval.limit": 4}
+    begun = 0
+    for figure, arms in {"fig1-small": 1, "fig3-small": 8, "fig4-right-small": 4, "fig6-small": 4}.items():
+        process = started(tmp_path, spec, "--seeds", "1", "--jobs", "2", "--name", figure, preset=figure)
+        code, errors = ended(process)
+        assert code == 0, errors
+        begun += errors.count(": starts")
+        assert len(list((tmp_path / "runs" / figure).glob("*/spec.json"))) == arms
+        commands = [line.removeprefix("draw it: ") for line in errors.splitlines() if line.startswith("draw it: ")]
+        assert commands
+        for command in commands:
+            words = [sys.executable, "-m", *command.split()]
+            drawn = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+            assert drawn.returncode == 0, drawn.stderr
+            assert (tmp_path / words[-1]).stat().st_size > 10_000
+    assert begun == 15, "three figures share the run with both clips at 0.1 under coin flips"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_lets_every_run_save(tmp_path: Path, number: int, code: int) -> None:
     process = started(tmp_path, LONGER | {"run.steps": 40}, *GRID, "--jobs", "2")

@@ -38,9 +38,14 @@ def main() -> None:
     parser.add_argument("--alone", type=int, default=5)
     asked = parser.parse_args()
     with TemporaryDirectory() as place:
-        alone = [timed(Path(place), "train", "--seed", str(seed))[0] for seed in range(asked.alone)]
+        alone = [
+            timed(Path(place), "train", "--seed", str(seed), "--runs-dir", "alone")[0] for seed in range(asked.alone)
+        ]
         wall, said = timed(Path(place), "sweep", "--seeds", str(asked.runs), "--jobs", str(asked.jobs))
-        alone += [timed(Path(place), "train", "--seed", str(seed))[0] for seed in range(asked.alone, 2 * asked.alone)]
+        alone += [
+            timed(Path(place), "train", "--seed", str(seed), "--runs-dir", "alone")[0]
+            for seed in range(asked.alone, 2 * asked.alone)
+        ]
     inside = [float(seconds) for seconds in re.findall(r"finished, 3 rollouts, ([0-9.]+) s", said)]
     assert len(inside) == asked.runs, said
     commands = asked.runs * sum(alone) / len(alone)
