@@ -8,10 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import duckdb
 import pytest
-from test_store import SPEC, create_run, write
+from test_store import SPEC, create_run, start_writer, write
 
 from clipctl.errors import SpecError
+from clipctl.overview import overview
+from clipctl.schema import SCHEMA_VERSION
 from clipctl.store import Runs, open_runs
 
 NAMES = ["a b", "a'b", 'a"b', "a?b", "a*b", "a[1]b", "aéb", "a\nb"]
@@ -72,6 +75,52 @@ def test_copies_empty_folders_and_flipped_bits_are_named(tmp_path: Path) -> None
         assert copies == [("copy", "a"), ("shard", "a"), ("store", "a")]
         rows = runs.sql("select run_id, count(*) from rollouts group by 1 order by 1").fetchall()
         assert rows == [("a", 2), ("copy", 2), ("shard", 2)]
+
+
+def test_copies_made_while_a_run_is_written_are_read_beside_it(tmp_path: Path) -> None:
+    """By cp, which meets files that vanish, in every stage up to the fold; brought together with a run of another machine."""
+    finished(tmp_path / "elsewhere", "other")
+    process = start_writer(tmp_path / "here", "live", 12)
+    copies = 0
+    while process.poll() is None:
+        if (tmp_path / "here" / "live" / "spec.json").exists():
+            (tmp_path / f"copy-{copies}").mkdir()
+            words = ["cp", "-r", str(tmp_path / "here" / "live"), str(tmp_path / f"copy-{copies}")]
+            subprocess.run(words, capture_output=True, check=False)
+            copies += 1
+        time.sleep(0.2)
+    assert process.returncode == 0
+    assert copies > 2
+    with open_runs(tmp_path) as runs:
+        shown = {row["run"]: row for row in overview(runs).to_pylist()}
+        stored = dict(runs.sql("select run_id, list(rollout order by rollout) from rollouts group by 1").fetchall())
+        cut = "select run_id from updates group by run_id, rollout having count(*) <> 3"
+        assert runs.sql(cut).fetchall() == []
+        originals = runs.sql("select run_id from runs where copy_of is null").fetchall()
+    assert len(originals) == 2
+    assert ("other",) in originals
+    assert len(shown) == copies + 2
+    assert (shown["other"]["rollouts"], shown["other"]["problem"]) == (2, None)
+    assert stored.pop("other") == [0, 1]
+    assert shown["here/live"]["state"] == "finished"
+    assert stored["here/live"] == list(range(12))
+    for run in shown.keys() - {"other"}:
+        assert shown[run]["state"] in ("running", "crashed", "finished")
+        assert stored.get(run, []) == list(range(len(stored.get(run, []))))
+
+
+def test_a_store_and_a_status_of_a_newer_version_are_named(tmp_path: Path) -> None:
+    finished(tmp_path, "a")
+    store, status = finished(tmp_path, "b") / "metrics.duckdb", finished(tmp_path, "c") / "status.json"
+    with duckdb.connect(str(store)) as opened:
+        opened.execute("update store_version set version = 99")
+    status.write_text(status.read_text().replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 99'))
+    with open_runs(tmp_path) as runs:
+        a, b, c = overview(runs).to_pylist()
+    said = f"has schema 99, this clipctl reads up to {SCHEMA_VERSION}"
+    assert [row["problem"] for row in (a, b, c)] == [None, f"metrics.duckdb {said}", f"status.json {said}"]
+    assert [row["state"] for row in (a, b, c)] == ["finished"] * 3
+    assert [row["rollouts"] for row in (a, b, c)] == [2, 0, 2]
 
 
 @pytest.mark.parametrize("file", ["spec.json", "status.json", "metrics.duckdb"])

@@ -1,0 +1,167 @@
+"""Six runs that write and readers that poll them: no reader error, no write lost, and how long a flush takes with and without.
+
+    python tests/bench/bench_concurrency.py [--seconds 60 --writers 6 --readers 2 --pause 0.15]
+
+Writers commit rollouts of six tables (each file fsynced), with a pause for the training between two, as real runs do;
+`--pause 0` has none. Spans without readers and with them take turns, so that both see the same files and the same machine,
+until there were `--seconds` of each. Then one reader opens all runs and holds them, with an answer half taken, for as long
+again, in which the runs end and are folded. At the end every rollout must be there once, with all its rows.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+sys.path.insert(0, str(TESTS))
+
+from test_store import SPEC, create_run, write  # noqa: E402
+
+from clipctl import open_runs  # noqa: E402
+from clipctl.overview import overview  # noqa: E402
+
+SPAN_SECONDS = 10.0
+CHECKS = """
+select (select count(*) from (select count(*) as n from updates group by run_id, rollout) where n <> 3),
+    (select count(*) from runs where problem is not null)
+"""
+
+
+def run_writer(root: Path, name: str, pause: float) -> None:
+    """Rollouts until the file `stop` is there; a line for each flush: when it began, how long it took."""
+    writer = create_run(root / "runs", name, SPEC, "tiny")
+    rollout = 0
+    with (root / f"{name}.log").open("w", buffering=1) as log:
+        while not (root / "stop").exists():
+            began = time.time()
+            write(writer, rollout)
+            log.write(f"{began} {time.time() - began}\n")
+            rollout += 1
+            time.sleep(pause)
+        began = time.time()
+        writer.close("finished", "")
+        log.write(f"fold {time.time() - began}\n")
+
+
+def run_reader(root: Path, name: str) -> None:
+    """Overviews as fast as it can until the file `readers-stop` is there; how many, and what was wrong with one."""
+    reads, wrong = 0, []
+    while not (root / "readers-stop").exists():
+        try:
+            with open_runs(root / "runs") as runs:
+                overview(runs)
+                found = runs.sql(CHECKS).fetchall()
+                if found != [(0, 0)]:
+                    wrong.append(str(found))
+        except Exception as error:  # whatever it is, it is counted
+            wrong.append(f"{type(error).__name__}: {error}")
+        reads += 1
+    (root / f"{name}.json").write_text(json.dumps({"reads": reads, "wrong": wrong}))
+
+
+def run_holder(root: Path, seconds: float) -> None:
+    """Holds all runs open, with an answer of which some rows were taken."""
+    with open_runs(root / "runs") as runs:
+        before = runs.sql("select count(*) from rollouts").fetchall()
+        reader = runs.sql("select * from updates").to_arrow_reader(64)
+        next(reader)
+        (root / "held").touch()
+        time.sleep(seconds)
+        rest = sum(batch.num_rows for batch in reader)
+        assert rest > 2 * before[0][0]
+        (root / "holder.json").write_text(json.dumps({"rollouts": before[0][0], "updates": rest}))
+
+
+def start(root: Path, what: str, name: str, more: float) -> subprocess.Popen[bytes]:
+    words = [sys.executable, __file__, "--part", what, "--root", str(root), "--name", name, "--more", str(more)]
+    return subprocess.Popen(words)
+
+
+def measure(root: Path, options: argparse.Namespace) -> None:
+    writers = [start(root, "writer", f"run-{number}", options.pause) for number in range(options.writers)]
+    while len(list(root.glob("*.log"))) < options.writers:
+        time.sleep(0.1)
+    time.sleep(2)
+    spans: dict[str, list[tuple[float, float]]] = {"without": [], "with": []}
+    found: list[dict[str, object]] = []
+    for turn in range(max(1, round(options.seconds / SPAN_SECONDS))):
+        for kind in spans:
+            (root / "readers-stop").unlink(missing_ok=True)
+            names = [f"reader-{turn}-{number}" for number in range(options.readers if kind == "with" else 0)]
+            readers = [start(root, "reader", name, 0.0) for name in names]
+            time.sleep(2)  # until they have loaded what they need
+            began = time.time()
+            time.sleep(SPAN_SECONDS)
+            spans[kind].append((began, time.time()))
+            (root / "readers-stop").touch()
+            for reader in readers:
+                assert reader.wait() == 0
+            found += [json.loads((root / f"{name}.json").read_text()) for name in names]
+    holder = start(root, "holder", "holder", options.seconds)
+    while not (root / "held").exists():
+        time.sleep(0.1)
+    held_from = time.time()
+    time.sleep(options.seconds / 2)
+    (root / "stop").touch()
+    assert [writer.wait() for writer in writers] == [0] * options.writers
+    spans["held"] = [(held_from, time.time())]
+    assert holder.wait() == 0
+    report(root, options, spans, found)
+
+
+def report(
+    root: Path,
+    options: argparse.Namespace,
+    spans: dict[str, list[tuple[float, float]]],
+    found: list[dict[str, object]],
+) -> None:
+    lines = {file.stem: file.read_text().split("\n")[:-1] for file in root.glob("run-*.log")}
+    flushes = [tuple(map(float, line.split())) for log in lines.values() for line in log if not line.startswith("fold")]
+    medians = {}
+    for kind, parts in spans.items():
+        took = sorted(seconds for began, seconds in flushes if any(a <= began < b for a, b in parts))
+        medians[kind] = statistics.median(took)
+        late = took[int(0.95 * len(took))]
+        print(f"{kind}: {len(took)} flushes, median {1e3 * medians[kind]:.0f} ms, 95 % {1e3 * late:.0f} ms")
+    wrong = [text for one in found for text in list(one["wrong"])]  # type: ignore[call-overload]
+    print(f"flush with readers / without: {medians['with'] / medians['without']:.2f}; while held: "
+          f"{medians['held'] / medians['without']:.2f}")  # fmt: skip
+    print(f"{sum(int(str(one['reads'])) for one in found)} reads, {len(wrong)} of them wrong: {wrong[:3]}")
+    folds = [float(line.split()[1]) for log in lines.values() for line in log if line.startswith("fold")]
+    print(f"folds while held: {max(folds):.2f} s at most")
+    written = {name: len(log) - 1 for name, log in lines.items()}
+    with open_runs(root / "runs") as runs:
+        stored = dict(runs.sql("select run_id, count(distinct rollout) from rollouts group by 1").fetchall())
+        rows = runs.sql("select count(*), count(distinct (run_id, rollout)) from rollouts").fetchall()
+        assert runs.sql(CHECKS).fetchall() == [(0, 0)]
+    assert stored == written, (stored, written)
+    assert rows == [(sum(written.values()),) * 2]
+    print(f"{sum(written.values())} rollouts written, {rows[0][0]} stored")
+    assert not wrong
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--writers", type=int, default=6)
+    parser.add_argument("--readers", type=int, default=2)
+    parser.add_argument("--pause", type=float, default=0.15)
+    parser.add_argument("--part", choices=["writer", "reader", "holder"], help=argparse.SUPPRESS)
+    parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--name", help=argparse.SUPPRESS)
+    parser.add_argument("--more", type=float, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.part == "writer":
+        run_writer(chosen.root, chosen.name, chosen.more)
+    elif chosen.part == "reader":
+        run_reader(chosen.root, chosen.name)
+    elif chosen.part == "holder":
+        run_holder(chosen.root, chosen.more)
+    else:
+        with tempfile.TemporaryDirectory() as place:
+            measure(Path(place), chosen)
