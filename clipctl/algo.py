@@ -196,6 +196,14 @@ AGGREGATIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
 """The weights of `loss.aggregation`; each takes (lengths_R float64, constant)."""
 
 
+def truncated_importance(logprob_T: Tensor, sampler_logprob_T: Tensor, cap: float) -> Tensor:
+    """min(cap, π(trainer) / π(sampler)) of each token, float64: its weight where the sampler drew it under other rounding.
+
+    Source: truncated importance sampling, Ionides 2008, 10.1198/106186008X320456, eq. 4 with a fixed cap, token by token.
+    """
+    return (logprob_T.double() - sampler_logprob_T.double()).exp().clamp(max=cap)
+
+
 def overlong_penalty(lengths_R: Tensor, max_tokens: int, buffer: int, penalty: float) -> Tensor:
     """DAPO's soft overlong punishment, a reward term ≤ 0 in the shape of lengths_R, float64.
 

@@ -28,6 +28,8 @@ METRICS: dict[str, str] = {
     "mismatch_max": "largest |log π(trainer) - log π(sampler)| of a token, nats",
     "mismatch_sum": "its sum over scored tokens",
     "mismatch_mean": "mismatch_sum / tokens_scored",
+    "mismatch_outside": "scored tokens with π(trainer) / π(sampler) < 1 - ε_low or > 1 + ε_high, both of one policy",
+    "mismatch_outside_fraction": "mismatch_outside / tokens_scored",
     "seconds_sample": "wall time of sampling",
     "seconds_reward": "wall time from the last sample to the advantages: decoding and grading overlap sampling",
     "seconds_score": "wall time of scoring π_old",

@@ -362,9 +362,11 @@ def _side(name: str, symbol: str, value: float, off: float) -> str:
 
 def _weight_words(spec: RunSpec) -> str:
     constant = spec.loss.constant or spec.rollout.max_response_tokens
-    return WEIGHT_WORDS.get(
+    words = WEIGHT_WORDS.get(
         spec.loss.aggregation, f"1/(B·{constant}) for each token of the B responses of an update (constant divisor)"
     )
+    cap = spec.loss.importance_cap
+    return words if cap is None else f"{words}, times min({cap:g}, π_old(trainer) / π(sampler))"
 
 
 def _share_formula(spec: RunSpec) -> str:

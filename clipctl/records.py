@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from clipctl.alarms import RolloutFacts
 from clipctl.engine import ProbeResult, Scores
-from clipctl.ledger import EntropyLedger
+from clipctl.ledger import EntropyLedger, ratio_events
 from clipctl.loss import PolicyLoss, UpdateSums
 from clipctl.rollout import Batch, Completion, DrawKey, Problem, Prompt, keyed_rng
 from clipctl.schema import MASSES, NETWORK
@@ -74,9 +75,15 @@ def mean_entropy(trained: Sequence[Group], old: Scores) -> float:
 
 
 def rollout_row(
-    sampled: Sequence[Group], trained: Sequence[Group], old: Scores | None, refills: int, seconds: Seconds
+    sampled: Sequence[Group],
+    trained: Sequence[Group],
+    old: Scores | None,
+    loss: PolicyLoss,
+    refills: int,
+    seconds: Seconds,
 ) -> dict[str, Any]:
-    """The `rollouts` row: rewards and lengths over all that was sampled, entropy and mismatch over what was trained."""
+    """The `rollouts` row: rewards and lengths over all that was sampled, entropy and mismatch over what was trained. loss: of
+    the rollout's updates."""
     completions = [completion for group in sampled for completion in group.completions]
     outcomes = [outcome for group in sampled for outcome in group.outcomes]
     rewards = np.concatenate([group.rewards_G for group in sampled])
@@ -95,7 +102,7 @@ def rollout_row(
         "truncated": sum(completion.finish == "length" for completion in completions),
         "groups_zero_advantage": sum(not group.has_advantage for group in sampled),
         "refills": refills,
-        **(UNSCORED if old is None else _scored_sums(trained, old)),
+        **(UNSCORED if old is None else _scored_sums(trained, old, loss)),
         "seconds_sample": seconds.sample,
         "seconds_reward": seconds.reward,
         "seconds_score": seconds.score,
@@ -110,15 +117,22 @@ UNSCORED: dict[str, Any] = {
     "entropy_token_sum": None,
     "mismatch_max": None,
     "mismatch_sum": None,
+    "mismatch_outside": None,
 }
 """The scored columns of a rollout in which dynamic sampling found nothing to train on."""
 
 
-def _scored_sums(trained: Sequence[Group], old: Scores) -> dict[str, Any]:
+def sampler_logprobs(trained: Sequence[Group]) -> NDArray[np.float64]:
+    """Log-probabilities under the sampler of the trained responses' tokens, flat, nats."""
+    return np.concatenate([completion.logprobs for group in trained for completion in group.completions])
+
+
+def _scored_sums(trained: Sequence[Group], old: Scores, loss: PolicyLoss) -> dict[str, Any]:
     lengths_R = pack(trained).lengths_R
     entropy_T = old.entropy_T.double().numpy()
-    sampler_T = np.concatenate([c.logprobs for group in trained for c in group.completions])
+    sampler_T = sampler_logprobs(trained)
     mismatch_T = np.abs(old.logprob_T.double().numpy() - sampler_T)
+    x_T, y_T = ratio_events(old.logprob_T, torch.from_numpy(sampler_T), loss.eps_low, loss.eps_high)
     return {
         "responses_scored": len(lengths_R),
         "tokens_scored": int(lengths_R.sum()),
@@ -126,6 +140,7 @@ def _scored_sums(trained: Sequence[Group], old: Scores) -> dict[str, Any]:
         "entropy_token_sum": float(entropy_T.sum()),
         "mismatch_max": float(mismatch_T.max()),
         "mismatch_sum": float(mismatch_T.sum()),
+        "mismatch_outside": int((x_T | y_T).sum()),
     }
 
 

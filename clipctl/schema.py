@@ -51,6 +51,7 @@ TABLES: dict[str, dict[str, str]] = {
         "refills": "int64",
         "mismatch_max": "float64",
         "mismatch_sum": "float64",
+        "mismatch_outside": "int64",
         "seconds_sample": "float64",
         "seconds_reward": "float64",
         "seconds_score": "float64",

@@ -220,6 +220,9 @@ class Loss(Group):
     """Weight of a token: 1/N tokens of the optimizer batch; 1/(B·T_i); 1/(B·constant)."""
     constant: Count | None = None
     """Divisor of `constant`; none: the maximum response length."""
+    importance_cap: Positive | None = None
+    """Multiply a token's weight by min(importance_cap, π_old(trainer) / π(sampler)), for samplers that round differently than
+    the trainer (truncated importance weights); none: the sampler's log-probabilities never enter the loss."""
 
     @model_validator(mode="after")
     def _constant_is_used(self) -> Self:

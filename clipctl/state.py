@@ -183,7 +183,7 @@ def read_open_rollout(
         trained=[groups[at] for at in facts["trained"]],
         next_position=facts["next_position"],
         refills=facts["refills"],
-        old=Scores(tensors["old.logprob"], tensors["old.entropy"]) if scored else None,
+        old=Scores(tensors["old.logprob"], tensors["old.entropy"], tensors.get("old.importance")) if scored else None,
         noise=facts["noise"],
         control=_read_control(facts["control"]),
         loss=loss,
@@ -312,6 +312,8 @@ def _rollout_tensors(rollout: OpenRollout) -> dict[str, Tensor]:
     }
     if rollout.old is not None:
         tensors |= {"old.logprob": rollout.old.logprob_T, "old.entropy": rollout.old.entropy_T}
+        if rollout.old.importance_T is not None:
+            tensors["old.importance"] = rollout.old.importance_T
     for at, done in enumerate(rollout.done):
         tensors |= {f"done.{at}.clipped": done.clipped_2T, f"done.{at}.profile": done.sums.profile.sums_3BC}
     if rollout.waiting:

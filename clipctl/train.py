@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 from clipctl.alarms import RolloutFacts, new_alarms
-from clipctl.algo import group_advantages, overlong_penalty
+from clipctl.algo import group_advantages, overlong_penalty, truncated_importance
 from clipctl.attempts import Earlier, Resume, find_earlier, spec_changes
 from clipctl.benchmarks import Benchmark, load_benchmarks
 from clipctl.checkpoint import STATE, Place, new_checkpoint
@@ -70,6 +70,7 @@ from clipctl.records import (
     rollout_facts,
     rollout_row,
     rollout_tables,
+    sampler_logprobs,
 )
 from clipctl.rewards import Scorer, grader_of, open_scorer
 from clipctl.rollout import (
@@ -385,11 +386,20 @@ def open_rollout(job: Job, state: RunState) -> OpenRollout:
     trained = [group for group in drawn.groups if group.has_advantage or not dynamic]
     started = perf_counter()
     batch = pack(trained) if trained else None
-    old = job.engine.trainer.score(batch) if batch is not None else None
+    old = with_importance(job.spec, trained, job.engine.trainer.score(batch)) if batch is not None else None
     seconds = [drawn.seconds_sample, drawn.seconds_reward, perf_counter() - started, 0.0]
     noise = measure_noise(job, batch, trained, old) if state.profile is None else None
     control, loss = job.ranks.broadcast(choose_clip(job, state, None if old is None else mean_entropy(trained, old)))
     return OpenRollout(drawn.groups, trained, drawn.next_position, drawn.refills, old, noise, control, loss, seconds)
+
+
+def with_importance(spec: RunSpec, trained: Sequence[Group], old: Scores) -> Scores:
+    """The scores with the factors of the loss weights that `loss.importance_cap` asks for."""
+    cap = spec.loss.importance_cap
+    if cap is None:
+        return old
+    sampler_T = torch.from_numpy(sampler_logprobs(trained))
+    return replace(old, importance_T=truncated_importance(old.logprob_T, sampler_T, cap))
 
 
 def end_rollout(
@@ -402,7 +412,7 @@ def end_rollout(
     push_weights(engine, state.rollout + 1, job.probe, job.ranks)
     opened.seconds[3] += perf_counter() - started
     seconds = Seconds(*opened.seconds)
-    row = rollout_row(opened.groups, opened.trained, opened.old, opened.refills, seconds)
+    row = rollout_row(opened.groups, opened.trained, opened.old, opened.loss, opened.refills, seconds)
     tables = rollout_tables(spec, opened.groups, opened.trained, opened.old, updates, job.tokenizer.token_texts)
     noise = {} if opened.noise is None else {"noise": opened.noise}
     job.writer.write_rollout(state.rollout, row, tables | noise)
@@ -730,7 +740,7 @@ def measure_noise(job: Job, batch: Batch | None, trained: Sequence[Group], old: 
     rows = minibatches(batch.responses, job.spec.optim.responses_per_update)[0]
     again_T = job.engine.trainer.score_otherwise(batch, rows).double().numpy()
     logprob_T = old.logprob_T.double().numpy()
-    sampler_T = np.concatenate([c.logprobs for group in trained for c in group.completions])
+    sampler_T = sampler_logprobs(trained)
     log_ratios = {"layout": again_T - logprob_T[: len(again_T)], "sampler": logprob_T - sampler_T}
     for source, values_T in log_ratios.items():
         level = float(np.quantile(np.abs(values_T), 0.99))

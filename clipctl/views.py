@@ -58,9 +58,10 @@ VIEWS: dict[str, str] = {
         tokens / responses as response_tokens_mean,
         truncated, groups_zero_advantage, refills, mismatch_max,
         mismatch_sum / nullif(tokens_scored, 0) as mismatch_mean,
+        mismatch_outside / nullif(tokens_scored, 0) as mismatch_outside_fraction,
         seconds_sample, seconds_reward, seconds_score, seconds_update,
         reward_sum, reward_sq_sum, graded, correct, groups_correct, no_answer, grader_failures, responses_scored,
-        tokens_scored, entropy_response_sum, entropy_token_sum, mismatch_sum
+        tokens_scored, entropy_response_sum, entropy_token_sum, mismatch_sum, mismatch_outside
         from raw_rollouts""",
     "updates": f"""create view updates as select
         run_id, attempt, rollout, inner_step, loss, grad_norm, lr, responses, tokens, tokens_advantage, eps_low, eps_high,

@@ -409,6 +409,12 @@ def test_pass_at_k_of_impossible_numbers(n: int, c: int, k: int, message: str) -
         pass_at_k(n, c, k)
 
 
+def test_truncated_importance_is_the_ratio_up_to_its_cap() -> None:
+    ratios = algo.truncated_importance(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -2.0, -2.0]), cap=1.4)
+    np.testing.assert_allclose(ratios, [1.4, 1.0, math.exp(-1.0)], rtol=1e-12)
+    assert ratios.dtype == torch.float64
+
+
 def test_the_public_functions_are_importable_from_the_package() -> None:
     import clipctl
 

@@ -226,7 +226,7 @@ def test_three_interruptions_in_one_rollout(tmp_path: Path, monkeypatch: pytest.
     "overrides",
     [
         {"model.dtype": "bfloat16"},
-        {"optim.optimizer": "sgd", "optim.lr": 0.1},
+        {"optim.optimizer": "sgd", "optim.lr": 0.1, "loss.importance_cap": 0.9},
         {"reward.kind": "bernoulli", "ledger.probe_states": 0, "ledger.network_every": 0},
     ],
 )

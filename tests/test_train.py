@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from clipctl import load_spec, open_runs
+from clipctl.engine import Scores
 from clipctl.engine.torch_sampler import TorchSampler
 from clipctl.errors import DataError, DivergedError, Interrupted, SpecError
 from clipctl.loss import PolicyLoss, UpdateTokens
 from clipctl.models import ChatTokenizer
-from clipctl.records import Update, token_clips
+from clipctl.records import Group, Seconds, Update, rollout_row, token_clips
+from clipctl.rollout import Completion, DrawKey, Problem, Prompt
 from clipctl.tasks import load_problems
 from clipctl.train import Report, train
 
@@ -137,6 +139,19 @@ def test_each_token_has_the_clips_of_its_own_updates() -> None:
     assert counts_2T.tolist() == [[2, 0, 1, 0, 0], [0, 0, 0, 0, 1]]
     assert sum(step.sums.counts.clip_low for step in updates) == 3
     assert sum(step.sums.counts.clip_high for step in updates) == 1
+
+
+def test_mismatch_of_sampler_and_trainer_by_hand() -> None:
+    """Ratios of trainer to sampler 0.7, 1, 1.1 and 1.6, of which ε_low = 0.25 and ε_high = 0.5 leave two outside."""
+    ratios, sampler = np.array([0.7, 1.0, 1.1, 1.6]), np.array([-1.0, -2.0, -0.5, -3.0])
+    texts = [Completion([5, 2], [-1.0, -2.0], "stop"), Completion([7, 8], [-0.5, -3.0], "length")]
+    problem, prompt = Problem("a", "1 + 1", "2"), Prompt([3], DrawKey(0, 0, 0))
+    group = Group(problem, prompt, texts, ["", ""], np.array([1.0, 0.0]), np.array([0.5, -0.5]), ["correct", "wrong"])
+    old = Scores(torch.tensor(sampler + np.log(ratios)), torch.ones(4, dtype=torch.float64))
+    row = rollout_row([group], [group], old, PolicyLoss("clip", 0.25, 0.5), 0, Seconds(1.0, 0.0, 0.0, 0.0))
+    assert row["mismatch_outside"] == 2
+    assert row["mismatch_max"] == pytest.approx(np.log(1.6))
+    assert row["mismatch_sum"] == pytest.approx(-np.log(0.7) + np.log(1.1) + np.log(1.6))
 
 
 def test_rollout_metrics_are_those_of_the_samples_and_tokens(folder: Path) -> None:

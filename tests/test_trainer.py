@@ -89,6 +89,37 @@ def test_scores_are_float64_log_probs_and_entropies() -> None:
     np.testing.assert_allclose(scores.entropy_T, torch.cat(entropies).detach(), atol=3e-5)
 
 
+def test_importance_multiplies_the_loss_weights_and_the_ledger_has_them() -> None:
+    """At inner step 0 the gradient is Σ w f A ∇log π with w = 1/N, and the ledger's first term Σ w f A (E[Q] - Q(a))."""
+    the_spec = spec()
+    ours = trainer(the_spec)
+    plain = ours.score(batch())
+    factors_T = torch.linspace(0.2, 1.7, len(plain.logprob_T), dtype=torch.float64)
+    result = ours.step(batch(), range(8, 16), replace(plain, importance_T=factors_T), spec_loss(the_spec))
+    lengths = batch().lengths_R
+    start, size = int(lengths[:8].sum()), int(lengths[8:].sum())
+    weights_T = factors_T[start:] / size
+    torch.testing.assert_close(result.tokens.weights_T, weights_T)
+    reference = random_llama().double()
+    objective, pull, at = torch.zeros((), dtype=torch.float64), 0.0, 0
+    for row in range(8, 16):
+        prompt, response = batch().prompt_ids[row], batch().response_ids[row]
+        logits = reference(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 1.3
+        logp_TV = torch.log_softmax(logits, -1)
+        logprob_T = logp_TV[range(len(response)), response]
+        entropy_T1 = -(logp_TV.exp() * logp_TV).sum(-1, keepdim=True)
+        q_TV = logp_TV.exp() * (logp_TV + entropy_T1)
+        effect_T = (logp_TV.exp() * q_TV).sum(-1) - q_TV[range(len(response)), response]
+        share_T = weights_T[at : at + len(response)] * batch().advantages_R[row]
+        objective = objective + (share_T * logprob_T).sum()
+        pull += float((share_T * effect_T).sum().detach())
+        at += len(response)
+    (-objective).backward()
+    for master, parameter in zip(gradients(ours), reference.parameters(), strict=True):
+        torch.testing.assert_close(master.double(), parameter.grad, rtol=1e-3, atol=1e-6)
+    assert sums_of(result, the_spec).ledger.pg.reward == pytest.approx(pull, rel=1e-4)
+
+
 def test_the_gradient_off_policy_is_that_of_the_formula_in_float64() -> None:
     """Second update: ratios have moved, both sides clip, and the gradient still is the written-out one."""
     the_spec = spec(optim={"lr": 2e-2})

@@ -51,11 +51,12 @@ class Sampler(Protocol):
 class Scores:
     """Statistics of every response token under the policy that scored them, flat over R responses, float32 on the CPU.
 
-    logprob_T: log π(y). entropy_T: exact, nats.
+    logprob_T: log π(y). entropy_T: exact, nats. importance_T: factors of the loss weights, float64; None: all are 1.
     """
 
     logprob_T: "Tensor"
     entropy_T: "Tensor"
+    importance_T: "Tensor | None" = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,13 +150,16 @@ def update_tokens(batch: Batch, rows: range, old: Scores, spec: RunSpec, device:
     weight_R = loss_weights(lengths_R, spec.loss.aggregation, spec.loss.constant or spec.rollout.max_response_tokens)
     start, size = int(batch.lengths_R[: rows.start].sum()), int(lengths_R.sum())
     advantages_R = torch.from_numpy(batch.advantages_R[rows.start : rows.stop])
+    weights_T = weight_R.repeat_interleave(lengths_R)
+    if old.importance_T is not None:
+        weights_T = weights_T * old.importance_T[start : start + size]
     return UpdateTokens(
         logprob_T=torch.zeros(size, device=device),
         entropy_T=torch.zeros(size, device=device),
         expected_q_T=torch.zeros(size, device=device),
         old_logprob_T=old.logprob_T[start : start + size].to(device),
         advantages_T=advantages_R.repeat_interleave(lengths_R).to(device),
-        weights_T=weight_R.repeat_interleave(lengths_R).to(device),
+        weights_T=weights_T.to(device),
     )
 
 
