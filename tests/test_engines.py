@@ -1,4 +1,4 @@
-"""The contract of any sampler with any trainer (real vLLM), with the embedded model; and what only vLLM does.
+"""The contract of any sampler with any trainer (real vLLM, real DeepSpeed), with the embedded model.
 
 A pair is one line of PAIRS. In float32 on a CPU all engines give one policy's log-probabilities within 1e-4 nat of each
 other (measured 1e-5), so the tolerance does not hide other weights: those of the tests move them by 0.1 and more.
@@ -17,7 +17,7 @@ from clipctl.models import find_model, load_tokenizer, stop_ids
 from clipctl.rollout import Batch, Completion, DrawKey, Prompt, SamplingParams
 from clipctl.spec import load_spec
 
-PAIRS = [("torch", "torch"), ("vllm", "torch")]
+PAIRS = [("torch", "torch"), ("vllm", "torch"), ("torch", "deepspeed"), ("vllm", "deepspeed")]
 NATS = 1e-4
 TINY = find_model("tiny", pull=False)
 TOKENIZER = load_tokenizer(TINY, None)
@@ -31,6 +31,7 @@ SPEC = {
     "rollout.max_response_tokens": 32,
     "engine.sampler_rows": 32,
     "optim.lr": 1e-2,
+    "ledger.network_every": 0,
 }
 
 pytestmark = [pytest.mark.engines, pytest.mark.xdist_group("engines"), pytest.mark.timeout(300)]
