@@ -270,7 +270,7 @@ def sweep(
     from clipctl.sweep_folder import place_members, planning, record_sweep
 
     if dry_run:
-        from clipctl.sweep import table_lines
+        from clipctl.sweep_view import table_lines
 
         print("\n".join(table_lines(place_members(runs_dir, folder.name, members))))
         return
@@ -293,9 +293,11 @@ def sweep(
     with planning(runs_dir):
         placed = place_members(runs_dir, folder.name, members)
         record_sweep(runs_dir, folder.name, described, placed)
-    from clipctl.sweep import run_sweep, share_machine, show_sweep, table_lines, views_lines
+    from clipctl.shares import share_machine
+    from clipctl.sweep import run_sweep
+    from clipctl.sweep_view import show_sweep, table_lines, views_lines
 
-    shares, warnings = share_machine(members, jobs)
+    shares, warnings = share_machine([member.spec.engine for member in members], jobs)
     print("\n".join([*table_lines(placed), *(f"warning: {line}" for line in warnings)]), file=sys.stderr, flush=True)
     with show_sweep(folder) as (tell, watch):
         run_sweep(folder, placed, shares, retry_failed=retry_failed, nproc=nproc, tell=tell, watch=watch)

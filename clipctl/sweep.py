@@ -4,23 +4,18 @@ A run is claimed before its process starts. So two launches of one sweep, or of 
 takes what nobody has, and stays until the last run has ended, to take over those of a launch that was killed.
 """
 
-import os
-import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGINT, SIGTERM
-from typing import IO, TypeVar
+from typing import IO
 
-from clipctl.errors import Preempted, SpecError, StoreError, SweepFailed
+from clipctl.errors import Preempted, StoreError, SweepFailed
 from clipctl.fork_server import ForkServer
 from clipctl.interrupts import StopNow, StopRequests, catch_signals, job_end
+from clipctl.shares import Share
 from clipctl.sweep_folder import Placed, is_running, open_claim
-from clipctl.sweep_spec import Member, SweepSpec, toml_text
 
 LOOK_SECONDS = 0.5
 """Between two looks at runs that another launch runs, and two drawings."""
@@ -30,19 +25,6 @@ DYING_SECONDS = 10.0
 """How much longer than its grace time a run may take to end."""
 INTERRUPTED = (75, 130)
 Tell = Callable[[str], None]
-Thing = TypeVar("Thing")
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """A share of the machine: processor cores, all where there are none, and GPUs as CUDA_VISIBLE_DEVICES has them."""
-
-    cores: tuple[int, ...] = ()
-    gpus: tuple[str, ...] | None = None
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {} if self.gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
 
 
 @dataclass(slots=True)
@@ -54,121 +36,34 @@ class Progress:
     running: set[str] = field(default_factory=set)
 
     @property
-    def words(self) -> str:
-        failed = len(self.failed)
-        waiting = self.total - len(self.ended) - len(self.running)
-        parts = [
-            f"{len(self.ended) - failed} of {self.total} runs ended",
-            f"{len(self.running)} running",
-            f"{waiting} waiting",
-        ]
-        return ", ".join([*parts, *([f"{failed} failed"] if failed else [])])
-
-    @property
     def failed(self) -> list[str]:
         return [name for name, code in self.ended.items() if code not in (None, 0, 8, *INTERRUPTED)]
+
+    @property
+    def interrupted(self) -> list[str]:
+        return [name for name, code in self.ended.items() if code in INTERRUPTED]
+
+    @property
+    def words(self) -> str:
+        """`3 of 12 runs ended, 2 running, 7 waiting`."""
+        counts = {
+            "running": len(self.running),
+            "interrupted": len(self.interrupted),
+            "failed": len(self.failed),
+            "waiting": self.total - len(self.ended) - len(self.running),
+        }
+        ended = len(self.ended) - counts["interrupted"] - counts["failed"]
+        return ", ".join([f"{ended} of {self.total} runs ended", *(f"{n} {what}" for what, n in counts.items() if n)])
 
 
 FAILED_BEFORE = 1
 """Stands for the exit code of a run that failed in an earlier launch."""
 
 
-def slots(jobs: int, cores: Sequence[int], gpus: Sequence[str] | None) -> list[Slot]:
-    """The shares of so many runs at once. Each gets the same number of whole cores, and of GPUs; where there are fewer than
-    runs, they share them in turn."""
-    return [
-        Slot(
-            cores=tuple(_share(cores, jobs, at)) if jobs > 1 else (),
-            gpus=None if gpus is None else tuple(_share(gpus, jobs, at)),
-        )
-        for at in range(jobs)
-    ]
-
-
-def _share(things: Sequence[Thing], parts: int, at: int) -> Sequence[Thing]:
-    if len(things) < parts:
-        return things[at % len(things) :][:1] if things else ()
-    each = len(things) // parts
-    return things[at * each : (at + 1) * each]
-
-
-def machine_cores() -> list[int]:
-    """The processor cores that this process may use."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-
-
-def machine_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """The GPUs that this process may use. Raises SpecError where there is none."""
-    if "CUDA_VISIBLE_DEVICES" in environment:
-        found = [name.strip() for name in environment["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
-    elif shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-        found = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
-    else:
-        found = []
-    if not found:
-        raise SpecError("engine.device = 'cuda': no GPU was found here; --set engine.device=cpu, or --launcher slurm")
-    return found
-
-
-def table_lines(placed: Sequence[Placed]) -> list[str]:
-    """The runs, one a line: name, what varies, and what is left to do."""
-    axes = list(dict.fromkeys(key for place in placed for key in place.member.values))
-    varying = [key for key in axes if len({str(place.member.values.get(key)) for place in placed}) > 1]
-    rows = [["run", *varying, "rollouts", "to do"]]
-    for place in placed:
-        values = place.member.values
-        shown = ["" if key not in values else _shown(values[key]) for key in varying]
-        rows.append([place.member.name, *shown, f"{place.rollouts}/{place.member.spec.run.steps}", _to_do(place)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, dict):
-        return " ".join(map(_shown, value.values()))
-    return value if isinstance(value, str) else toml_text(value)
-
-
-def _to_do(place: Placed) -> str:
-    words = {
-        "missing": "run it",
-        "unfinished": "go on",
-        "finished": "nothing: finished",
-        "stopped": "nothing: stopped by an alarm",
-        "failed": "nothing without --retry-failed: failed",
-    }[place.outlook]
-    if is_running(place.folder):
-        words = "wait: it is being run"
-    return words + (f", as {place.folder}" if place.shared else "")
-
-
-def views_lines(sweep: SweepSpec, folder: Path) -> list[str]:
-    """The commands that draw the sweep."""
-    lines = []
-    for at, view in enumerate(sweep.views):
-        by = "".join(f" --by {key}" for key in view.by)
-        rollouts = " --rollouts" if view.rollouts else ""
-        name = folder.name if at == 0 else f"{folder.name}-{view.view}"
-        lines.append(f"clipctl analyze {folder} --view {view.view}{by}{rollouts} --plot {name}.png")
-    return lines or [f"clipctl analyze {folder}"]
-
-
-def share_machine(members: Sequence[Member], jobs: int) -> tuple[list[Slot], list[str]]:
-    """The machine's shares for so many runs at once, and warnings. Raises SpecError where runs need a GPU and there is none."""
-    engines = [member.spec.engine for member in members]
-    gpus = machine_gpus() if any(engine.device == "cuda" for engine in engines) else None
-    shares = slots(min(jobs, len(members)), machine_cores(), gpus)
-    threads, least = max(engine.threads for engine in engines), min(len(share.cores) for share in shares)
-    # The number of threads belongs to the run's numbers, so it is never lowered.
-    slow = f"engine.threads = {threads}, and each of {len(shares)} runs at once has {least} of the cores"
-    return shares, [slow] if 0 < least < threads else []
-
-
 def run_sweep(
     folder: Path,
     placed: Sequence[Placed],
-    shares: Sequence[Slot],
+    shares: Sequence[Share],
     *,
     retry_failed: bool,
     nproc: int | None = None,
@@ -176,8 +71,7 @@ def run_sweep(
     watch: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
     """Runs what is left to do of the sweep in `folder`, as many at once as there are shares. nproc: processes of each run,
-    none: it is one. tell: gets a line for each start
-    and end. watch: called about twice a second.
+    none: it is one. tell: gets a line for each start and end. watch: called about twice a second.
 
     Raises SweepFailed when some runs failed, in this launch or before, after all others have ended; Preempted or Interrupted
     when a signal, or the end of a Slurm job, stopped it, after the runs have saved and ended.
@@ -200,24 +94,20 @@ def run_sweep(
         raise stop.error(f"{progress.words}; the same command goes on")
     if progress.failed:
         names = ", ".join(progress.failed)
-        hint = (
-            "--retry-failed runs them again"
-            if not launch.crashed
-            else "the same command goes on with those that crashed"
-        )
+        again = "the same command goes on with those that crashed"
+        hint = again if launch.crashed else "--retry-failed runs them again"
         raise SweepFailed(
             f"{len(progress.failed)} of {progress.total} runs failed: {names}; see {folder / 'logs'}; {hint}"
         )
-    if any(code in INTERRUPTED for code in progress.ended.values()):
-        names = ", ".join(name for name, code in progress.ended.items() if code in INTERRUPTED)
-        raise Preempted(f"interrupted: {names}; the same command goes on with them")
+    if progress.interrupted:
+        raise Preempted(f"interrupted: {', '.join(progress.interrupted)}; the same command goes on with them")
     return progress
 
 
 @dataclass(slots=True)
 class _Running:
     place: Placed
-    share: Slot
+    share: Share
     claim: IO[str]
     began: float
 
@@ -229,7 +119,7 @@ class _Launch:
         self,
         folder: Path,
         placed: list[Placed],
-        shares: list[Slot],
+        shares: list[Share],
         more: tuple[str, ...],
         retry_failed: bool,
         tell: Tell,
@@ -359,35 +249,3 @@ def _last_line(file: Path) -> str:
     except OSError:
         return ""
     return lines[-1].removeprefix("clipctl: ") if lines else ""
-
-
-@contextmanager
-def show_sweep(folder: Path) -> Iterator[tuple[Tell, Callable[[Progress], None]]]:
-    """How a sweep looks, on stderr: on a terminal a live table of its runs, elsewhere a line for each start and end."""
-    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        from clipctl.progress import print_line
-
-        yield print_line, lambda progress: None
-        return
-    from datetime import UTC, datetime
-
-    from rich.console import Console, Group
-    from rich.live import Live
-    from rich.text import Text
-
-    from clipctl.follow import many_runs
-    from clipctl.formats import safe_text
-    from clipctl.watch import Watcher
-
-    console, watcher, drawn = Console(stderr=True), Watcher([folder]), [0.0]
-    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
-
-        def watch(progress: Progress) -> None:
-            if time.monotonic() - drawn[0] < 2.0 and progress.running:
-                return
-            now = datetime.now(UTC).replace(tzinfo=None)
-            head = Text(f"{folder}: {progress.words}", style="bold")
-            live.update(Group(head, many_runs(watcher.look(), now, console.width, console.height - 2)), refresh=True)
-            drawn[0] = time.monotonic()
-
-        yield lambda line: live.console.print(safe_text(line), markup=False, highlight=False, soft_wrap=True), watch

@@ -15,10 +15,11 @@ import pytest
 
 from clipctl import load_spec, open_runs
 from clipctl.errors import SpecError
+from clipctl.shares import Share, divided, machine_gpus, share_machine
 from clipctl.spec import spec_json
-from clipctl.sweep import Slot, machine_gpus, share_machine, slots, table_lines, views_lines
 from clipctl.sweep_folder import CLAIM, open_claim, place_members, planning, record_sweep
 from clipctl.sweep_spec import Member, expand, preset_sweep, resolve_sweep
+from clipctl.sweep_view import table_lines, views_lines
 from clipctl.train import train
 from runs import assert_same
 
@@ -92,14 +93,19 @@ def members_of(folder: Path) -> list[psutil.Process]:
 
 
 def test_cores_and_gpus_are_divided() -> None:
-    assert slots(1, [0, 1, 2], None) == [Slot()]
-    assert slots(2, [0, 1, 2, 3, 6], None) == [Slot((0, 1)), Slot((2, 3))]
-    assert slots(3, [4, 5], None) == [Slot((4,)), Slot((5,)), Slot((4,))]
-    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots(2, [0, 1], ["0", "1", "2", "3"])] == [
+    assert divided(1, [0, 1, 2], None) == [Share()]
+    assert divided(2, [0, 1, 2, 3, 6], None) == [Share((0, 1)), Share((2, 3))]
+    assert divided(3, [4, 5], None) == [Share((4,)), Share((5,)), Share((4,))]
+    assert [share.environment["CUDA_VISIBLE_DEVICES"] for share in divided(2, [0, 1], ["0", "1", "2", "3"])] == [
         "0,1",
         "2,3",
     ]
-    assert [slot.gpus for slot in slots(4, [0], ["GPU-a", "GPU-b"])] == [("GPU-a",), ("GPU-b",), ("GPU-a",), ("GPU-b",)]
+    assert [share.gpus for share in divided(4, [0], ["GPU-a", "GPU-b"])] == [
+        ("GPU-a",),
+        ("GPU-b",),
+        ("GPU-a",),
+        ("GPU-b",),
+    ]
 
 
 def test_gpus_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,10 +116,10 @@ def test_gpus_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch
 
 def test_more_threads_than_cores_are_told_and_not_lowered() -> None:
     members = expand(resolve_sweep(preset_sweep("tiny"), {"engine.threads": 1000}, seeds=4))
-    _, warnings = share_machine(members, 2)
+    _, warnings = share_machine([member.spec.engine for member in members], 2)
     assert warnings[0].startswith("engine.threads = 1000, and each of 2 runs at once has ")
     assert {member.spec.engine.threads for member in members} == {1000}
-    assert len(share_machine(members[:1], 5)[0]) == 1
+    assert len(share_machine([members[0].spec.engine], 5)[0]) == 1
 
 
 def test_what_is_imported_for_all_runs_is_there() -> None:
@@ -381,7 +387,7 @@ def test_a_signal_lets_every_run_save(tmp_path: Path, number: int, code: int) ->
     assert members_of(tmp_path) == []
     assert [state for state, _ in states(folder).values()] == ["interrupted", "interrupted"]
     assert errors.count(": interrupted: stopped by ") == 2
-    assert errors.splitlines()[-1].endswith("2 of 4 runs ended, 0 running, 2 waiting; the same command goes on")
+    assert errors.splitlines()[-1].endswith("0 of 4 runs ended, 2 interrupted, 2 waiting; the same command goes on")
 
 
 @pytest.mark.slow
