@@ -19,8 +19,8 @@ BINS = 3 * 56
 """Rows of one update's histogram at most, signs × bins; embedded-model runs fill about 50."""
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**23}
 """Logits of one chunk of the statistics pass, as in `clipctl.statistics`, which needs torch."""
-CHUNK_BUFFERS, SAMPLING_BUFFERS = 3, 6
-"""Float32 tensors of a chunk's size, and of all logits of a sampling step, that are alive at once."""
+CHUNK_BUFFERS, SAMPLING_BUFFERS, NUCLEUS_BUFFERS = 3, 5, 12
+"""Float32 tensors of a chunk's size, and of all logits of a sampling step, without and with top_p below 1, alive at once."""
 HIDDEN_KEPT = {"bfloat16": 11, "float32": 9}
 """Tensors of the hidden size that autograd keeps a token and layer, next to 4 of the gated MLP's; measured by its
 saved tensors on Llama layers (8.5-8.7 and 10.5-10.7: norms keep float32 copies of 16-bit values)."""
@@ -29,8 +29,11 @@ PROBES = "log-probs of π_old in the probe states"
 NETWORK = "gradients of entropy and of the objective's parts, weights before the step"
 KV_CACHE, SAMPLING = "KV cache of the sampler, at most", "logits of a sampling step"
 ACTIVATIONS, STATISTICS = "activations of a micro-batch, estimated", "statistics"
-IN_TURNS = (KV_CACHE, SAMPLING, ACTIVATIONS, STATISTICS)
-"""What is not there all the time."""
+GRADIENTS_16 = "bfloat16 gradients"
+WHILE_SAMPLING = (KV_CACHE, SAMPLING)
+WHILE_TRAINING = (GRADIENTS_16, ACTIVATIONS, STATISTICS)
+IN_TURNS = WHILE_SAMPLING + WHILE_TRAINING
+"""What is held only then; all else of `memory` is always there. An engine that holds more adds to `memory` and to these."""
 OPTIMIZER_WORDS = {"adamw": "AdamW", "sgd": "SGD"}
 WEIGHT_WORDS = {
     "token_mean": "1/N for each of the N response tokens of an update (token mean)",
@@ -184,14 +187,14 @@ def memory(spec: RunSpec, shape: ModelShape) -> dict[str, int]:
     held = {"weights": count * width}
     if width == 2:
         held["float32 master weights"] = 4 * count
-        held["bfloat16 gradients"] = 2 * count
+        held[GRADIENTS_16] = 2 * count
     return held | {
         "float32 gradients": 4 * count,
         **({"AdamW moments": 8 * count} if spec.optim.optimizer == "adamw" else {}),
         **({PROBES: 4 * spec.ledger.probe_states * shape.vocabulary} if spec.ledger.probe_states else {}),
         **({NETWORK: 20 * count} if spec.ledger.network_every else {}),
         KV_CACHE: rows * columns * shape.kv_values_per_token * width,
-        SAMPLING: SAMPLING_BUFFERS * 4 * rows * shape.vocabulary,
+        SAMPLING: sampling_buffers(spec) * 4 * rows * shape.vocabulary,
         ACTIVATIONS: tokens * kept * width,
         STATISTICS: statistics_memory(spec, shape),
     }
@@ -205,10 +208,19 @@ def statistics_memory(spec: RunSpec, shape: ModelShape) -> int:
     return chunks + hidden + shape.vocabulary * shape.hidden * _bytes_per_weight(spec)
 
 
+def sampling_buffers(spec: RunSpec) -> int:
+    """How many tensors as large as all logits of a step the sampler needs, evaluations in training included."""
+    evaluated = (spec.eval.top_p,) if spec.eval.every else ()
+    return NUCLEUS_BUFFERS if min((spec.rollout.top_p, *evaluated)) < 1 else SAMPLING_BUFFERS
+
+
 def peak_memory(held: dict[str, int]) -> int:
-    """What is held at once: the sampler's memory is given back before activations and statistics come."""
-    sampling = held[KV_CACHE] + held[SAMPLING]
-    training = held[ACTIVATIONS] + held[STATISTICS]
+    """What is held at once: the sampler gives its memory back before gradients, activations and statistics come.
+
+    Gradients and activations are counted together, although the last gradient comes when most activations have gone: at
+    most 10 % too much, by the bytes of whole steps on tensors without memory.
+    """
+    sampling, training = (sum(held.get(name, 0) for name in names) for names in (WHILE_SAMPLING, WHILE_TRAINING))
     return sum(held.values()) - min(sampling, training)
 
 

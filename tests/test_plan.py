@@ -2,23 +2,31 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from conftest import random_llama
+from memory_lab import PeakBytes, training_peak
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clipctl.engine.attention import use_grouped_attention
+from clipctl.engine.torch_sampler import draw_tokens
+from clipctl.engine.torch_trainer import TorchTrainer
 from clipctl.errors import SpecError
 from clipctl.models import MODELS, ModelShape
 from clipctl.plan import (
     ACTIVATIONS,
     BINS,
     CHUNK_ELEMENTS,
+    GRADIENTS_16,
     KV_CACHE,
     NETWORK,
+    NUCLEUS_BUFFERS,
     PROBES,
     SAMPLING,
+    SAMPLING_BUFFERS,
     STATISTICS,
     clip_warnings,
     context_warnings,
@@ -31,6 +39,7 @@ from clipctl.plan import (
     zero_advantage_share,
 )
 from clipctl.spec import RunSpec, load_spec
+from clipctl.statistics import float32_logits
 
 
 def spec(preset: str = "qwen3b-gsm8k", **overrides: Any) -> RunSpec:
@@ -46,9 +55,10 @@ def test_the_3b_run_by_hand() -> None:
     assert plan.memory["weights"] == 2 * count
     assert plan.memory["float32 master weights"] == plan.memory["float32 gradients"] == 4 * count
     assert plan.memory["AdamW moments"] == 8 * count
-    assert plan.memory["bfloat16 gradients"] == 2 * count
+    assert plan.memory[GRADIENTS_16] == 2 * count
     assert plan.memory[KV_CACHE] == 128 * (512 + 4096) * 36 * 2 * 2 * 128 * 2
-    assert plan.memory[SAMPLING] == 6 * 4 * 128 * 151936
+    assert plan.memory[SAMPLING] == 12 * 4 * 128 * 151936, "it is evaluated with top_p = 0.95"
+    assert memory(spec(eval__every=0), MODELS["qwen2.5-3b-instruct"].shape)[SAMPLING] == 5 * 4 * 128 * 151936
     assert plan.memory[STATISTICS] == 3 * 4 * 2**23 + 4 * 16384 * 2048 + 2 * 151936 * 2048
     assert plan.disk_model == 2 * count
 
@@ -57,6 +67,8 @@ def test_sampling_and_training_take_turns_in_memory() -> None:
     held = {"a": 5, KV_CACHE: 7, SAMPLING: 1, ACTIVATIONS: 2, STATISTICS: 3}
     assert peak_memory(held) == 5 + 7 + 1
     assert peak_memory(held | {ACTIVATIONS: 20}) == 5 + 20 + 3
+    assert peak_memory(held | {GRADIENTS_16: 2}) == 5 + 7 + 1
+    assert peak_memory(held | {GRADIENTS_16: 9}) == 5 + 9 + 2 + 3
 
 
 def saved_bytes(layers: int, dtype: str, checkpointing: bool) -> int:
@@ -95,6 +107,54 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(dtype: str, checkpoi
     shapes = [ModelShape(300, 128, layers, 4, 1, 32, 448, True, 512) for layers in (2, 5)]
     two, five = (memory(spec(**changes), shape)[ACTIVATIONS] for shape in shapes)
     assert five - two == pytest.approx(measured, rel=0.0 if checkpointing else 0.1)
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "checkpointing", "tokens", "dtype"),
+    [
+        ("qwen2.5-3b-instruct", 36, True, 16384, "bfloat16"),
+        ("qwen2.5-3b-instruct", 3, False, 8192, "bfloat16"),
+        ("smollm2-135m-instruct", 30, False, 4096, "float32"),
+        ("llama-3-8b-instruct", 2, True, 4096, "bfloat16"),
+    ],
+)
+def test_the_peak_of_training_is_that_of_a_whole_step(
+    model: str, layers: int, checkpointing: bool, tokens: int, dtype: str
+) -> None:
+    """Every byte that a full micro-batch holds, on tensors without memory, within 15 %; never too little by more than 2."""
+    shape = replace(MODELS[model].shape, layers=layers)
+    changes = {"model__dtype": dtype, "engine__gradient_checkpointing": checkpointing, "ledger__probe_states": 0}
+    asked = spec(engine__tokens_per_microbatch=tokens, **changes)
+    held = memory(asked, shape)
+    planned = peak_memory(held | {KV_CACHE: 0, SAMPLING: 0})
+    assert 0.98 <= planned / training_peak(asked, shape, prompt=128, response=384) <= 1.15
+
+
+def test_the_buffers_of_a_sampling_step_are_counted() -> None:
+    for top_p, buffers in ((1.0, SAMPLING_BUFFERS), (0.9, NUCLEUS_BUFFERS)):
+        with FakeTensorMode():
+            hidden_BD, head_VD, uniform_B = (
+                torch.empty(64, 32),
+                torch.empty(49152, 32),
+                torch.empty(64, dtype=torch.float64),
+            )
+            with PeakBytes([hidden_BD, head_VD]) as counted:
+                before = counted.now
+                logits_BV = float32_logits(hidden_BD, head_VD)
+                scaled_BV = logits_BV / 1.0
+                draw_tokens(scaled_BV, uniform_B, top_p)
+        assert counted.peak - before == pytest.approx(buffers * 4 * 64 * 49152, rel=0.02)
+
+
+def test_adamw_keeps_two_moments_of_each_weight() -> None:
+    trainer = TorchTrainer(use_grouped_attention(random_llama(dtype="bfloat16")), spec())
+    for master in trainer.masters:
+        master.grad = torch.ones_like(master)
+    trainer._move()
+    state = trainer.optimizer.state_dict()["state"].values()
+    count = sum(parameter.numel() for parameter in trainer.parameters)
+    kept = sum(value.nbytes for values in state for name, value in values.items() if name != "step")
+    assert kept == 8 * count
 
 
 def test_the_chunks_are_those_of_the_statistics() -> None:
