@@ -402,7 +402,7 @@ SUBTITLES = {
     **dict.fromkeys(("overview", "entropy", "clip", "ledger"), _BANDS),
     "passk": "bands: 95 % intervals, of a mean over runs by Student's t, of one run BCa over problems",
     "compare": "dots: mean over runs; bars: its 95 % interval (Student's t); differences are between pairs of runs",
-    "frontier": "a path is the mean over runs",
+    "frontier": "paths: mean over runs",
 }
 """What is said where lines are means over runs."""
 COLUMNS = {"passk": 3, "samples": 1, "events": 1}

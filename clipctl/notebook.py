@@ -1,8 +1,10 @@
 """Runs in Python and notebooks: queries and views as relations, charts that display inline."""
 
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from clipctl.analysis import VIEWS_OF_ANALYZE, Answer, Options, View, check_options
 from clipctl.discover import find_folders
@@ -31,7 +33,21 @@ class OpenRuns(Runs):
         """The chart of a view: an altair chart, which a notebook displays. Raises as `view`."""
         from clipctl.charts import chart
 
-        return styled(chart(_checked(name, options), self, options))
+        drawn = styled(chart(_checked(name, options), self, options))
+        return _offline_chart().from_dict(drawn.to_dict(), validate=False)
+
+
+@cache
+def _offline_chart() -> Any:
+    """The class of altair's sheets, displayed with the drawing library in the output: altair's own way fetches it from a
+    network that a cluster's notebook may not have."""
+    import altair
+
+    class OfflineChart(altair.ConcatChart):
+        def _repr_mimebundle_(self, *_: object, **__: object) -> dict[str, str]:
+            return {"text/html": self.to_html(inline=True, fullhtml=False, output_div=f"clipctl-{uuid4().hex}")}
+
+    return OfflineChart
 
 
 def open_runs(paths: str | Path | Iterable[str | Path]) -> OpenRuns:

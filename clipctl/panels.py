@@ -182,7 +182,7 @@ def paths(
         tooltip=["series:N", "rollout:Q", f"{x}:Q", f"{y}:Q"],
     )
     return alt.layer(path, points).properties(
-        **PANEL, title=heading(title, "a path is one run's training; the large mark is its end")
+        **PANEL, title=heading(title, "through training; the large mark is the end")
     )
 
 

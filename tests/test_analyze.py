@@ -3,14 +3,16 @@
 import csv
 import io
 import json
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from test_store import SPEC, rollout_row, samples, tables, update_rows, write
 
 from clipctl.analyze import analyze as answer
-from clipctl.errors import SpecError
+from clipctl.errors import SpecError, StoreError
 from clipctl.formats import safe_text
 from clipctl.journal import create_run
 from clipctl.overview import LAST
@@ -111,3 +113,59 @@ def test_wrong_use_is_refused(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SpecError, match="no runs under"):
         analyze([tmp_path / "empty"], None, "table", False)
+
+
+QUERY = "select run_id, rollout, entropy, time from rollouts order by all"
+SUFFIXES = {"csv": ".csv", "json": ".json", "md": ".md", "parquet": ".parquet", "table": ".txt"}
+
+
+@pytest.mark.parametrize("output", sorted(SUFFIXES))
+def test_a_file_has_what_stdout_has(runs: Path, tmp_path: Path, output: str) -> None:
+    """The suffix names the format, or --format does; they must not contradict each other."""
+    printed = b"".join(answer([runs], QUERY, output, False).parts)
+    for name, given in ((f"a{SUFFIXES[output]}", None), ("b.other", output)):
+        assert b"".join(answer([runs], QUERY, given, False, out=tmp_path / name).parts) == b""
+        assert (tmp_path / name).read_bytes() == printed
+    assert not list(tmp_path.glob(".*"))
+    assert printed
+    with pytest.raises(SpecError, match="contradict each other"):
+        answer([runs], QUERY, output, False, out=tmp_path / ("a.csv" if output != "csv" else "a.md"))
+
+
+def test_parquet_and_markdown_hold_every_row(runs: Path, tmp_path: Path) -> None:
+    wanted = json.loads(analyze([runs], QUERY, "json", False))["rows"]
+    answer([runs], QUERY, None, False, out=tmp_path / "a.parquet")
+    found = pq.read_table(tmp_path / "a.parquet").to_pylist()
+    assert [(row["run_id"], row["rollout"], row["entropy"]) for row in found] == [
+        (row["run_id"], row["rollout"], row["entropy"]) for row in wanted
+    ]
+    assert all(isinstance(row["time"], datetime) for row in found)
+    lines = analyze([runs], QUERY, "md", False).replace("\\_", "_").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["run_id", "rollout", "entropy", "time"]
+    assert set("".join(cells[1])) <= set(":- ")
+    assert [(row[0], int(row[1])) for row in cells[2:]] == [(row["run_id"], row["rollout"]) for row in wanted]
+    assert [float(row[2]) for row in cells[2:]] == pytest.approx([row["entropy"] for row in wanted], rel=1e-3)
+
+
+def test_an_answer_without_rows_has_its_columns_in_every_format(runs: Path, tmp_path: Path) -> None:
+    query = "select run_id, entropy from rollouts where rollout > 99"
+    assert analyze([runs], query, "csv", False).split() == ["run_id,entropy"]
+    assert json.loads(analyze([runs], query, "json", False))["rows"] == []
+    assert analyze([runs], query, "md", False).startswith("| run\\_id | entropy |")
+    answer([runs], query, None, False, out=tmp_path / "a.parquet")
+    assert pq.read_table(tmp_path / "a.parquet").column_names == ["run_id", "entropy"]
+
+
+def test_a_query_that_fails_half_way_leaves_the_file_as_it_was(runs: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "a.csv"
+    kept.write_text("kept")
+    query = "select case when rollout = 6 then run_id::int else 1 end as x from rollouts"
+    with pytest.raises(SpecError, match="--sql: "):
+        answer([runs], query, None, False, out=kept)
+    assert kept.read_text() == "kept"
+    assert not list(tmp_path.glob(".*"))
+    with pytest.raises(StoreError, match="cannot be written"):
+        answer([runs], QUERY, None, False, out=tmp_path / "none" / "a.csv")
+    with pytest.raises(SpecError, match="--out"):
+        answer([runs], QUERY, None, False, out=tmp_path / "a.xlsx")
