@@ -332,18 +332,21 @@ def test_the_printed_script_runs_and_requeues(tmp_path: Path, slurm: dict[str, s
 @pytest.mark.slurm
 @pytest.mark.slow
 def test_the_tasks_of_a_job_are_the_processes_of_its_run(tmp_path: Path, slurm: dict[str, str]) -> None:
-    """Two of them, both of which are signalled; one speaks for the job."""
+    """Two of them, both of which get SIGTERM, as where Slurm has no `preempt_send_user_signal`; one speaks for the job."""
     if os.cpu_count() == 1:
         pytest.skip("a job of two tasks needs two cores")
     arguments = (*SETS, "--slurm", "time=9", "--slurm", "ntasks=2", "--slurm", "partition=main")
-    assert clipctl(slurm, tmp_path, *arguments).returncode == 0
+    first = clipctl(slurm, tmp_path, *arguments)
+    assert first.returncode == 0, first.stderr
     run = tmp_path / "runs" / "s" / "tiny-0"
     wait_until(lambda: rollouts(run) >= 2)
-    preempt(slurm)
+    subprocess.run(["scancel", "--signal=TERM", first.stderr.split()[-1]], env=slurm, check=True)
     done = clipctl(slurm, tmp_path, *arguments, "--wait")
     assert done.returncode == 0, done.stderr
     assert (status(run)["state"], status(run)["rollouts"]) == ("finished", 9)
     assert status(run)["attempt"] >= 1
+    said = "".join(file.read_text() for file in (tmp_path / "runs" / "s" / "slurm").glob("*.out"))
+    assert "stopped by SIGTERM; " in said
 
 
 @pytest.mark.slurm
