@@ -266,21 +266,21 @@ def sweep(
         seeds,
     )
     members = expand(described)
-    folder = runs_dir / (name or default_name(preset or str(spec), described))
+    title = name or default_name(preset or str(spec), described)
     from clipctl.sweep_folder import place_members, planning, record_sweep
 
     if dry_run:
         from clipctl.sweep_view import table_lines
 
-        print("\n".join(table_lines(place_members(runs_dir, folder.name, members))))
+        print("\n".join(table_lines(place_members(runs_dir, title, members))))
         return
     if launcher == "slurm":
         from clipctl import slurm as cluster
 
         options = cluster.parse_options(slurm or (), described.slurm)
         with planning(runs_dir):
-            placed = place_members(runs_dir, folder.name, members)
-            record_sweep(runs_dir, folder.name, described, placed)
+            placed = place_members(runs_dir, title, members)
+            folder = record_sweep(runs_dir, title, described, placed)
             if print_script:
                 print(cluster.print_script(folder, placed, jobs, options, retry_failed=retry_failed))
                 return
@@ -290,14 +290,14 @@ def sweep(
             cluster.wait_for_runs(folder, placed, lambda line: print(line, file=sys.stderr, flush=True))
         print(folder)
         return
-    with planning(runs_dir):
-        placed = place_members(runs_dir, folder.name, members)
-        record_sweep(runs_dir, folder.name, described, placed)
     from clipctl.shares import share_machine
     from clipctl.sweep import run_sweep
     from clipctl.sweep_view import show_sweep, table_lines, views_lines
 
     shares, warnings = share_machine([member.spec.engine for member in members], jobs)
+    with planning(runs_dir):
+        placed = place_members(runs_dir, title, members)
+        folder = record_sweep(runs_dir, title, described, placed)
     print("\n".join([*table_lines(placed), *(f"warning: {line}" for line in warnings)]), file=sys.stderr, flush=True)
     with show_sweep(folder) as (tell, watch):
         run_sweep(folder, placed, shares, retry_failed=retry_failed, nproc=nproc, tell=tell, watch=watch)

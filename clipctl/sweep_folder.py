@@ -71,8 +71,14 @@ class Placed:
 def place_members(runs_dir: Path, name: str, members: Sequence[Member]) -> list[Placed]:
     """Where each run lies or will lie; writes nothing.
 
-    Raises SpecError where the sweep's folder has a run of that name with another spec.
+    Raises SpecError for an impossible name, one of a run, and where the sweep's folder has a run with another spec.
     """
+    if not NAME_PATTERN.fullmatch(name):
+        raise SpecError(
+            f"--name: {name!r} is not allowed: letters, digits, '.', '_' and '-', first a letter or digit, at most 100"
+        )
+    if (runs_dir / name / "spec.json").exists():
+        raise SpecError(f"--name: {runs_dir / name} is a run; choose another --name for the sweep")
     known = _known_runs(runs_dir)
     placed = []
     for member in members:
@@ -100,12 +106,6 @@ def record_sweep(runs_dir: Path, name: str, sweep: SweepSpec, placed: Sequence[P
     Runs that an earlier launch had and this one has not stay recorded: they are there.
     """
     folder = runs_dir / name
-    if not NAME_PATTERN.fullmatch(name):
-        raise SpecError(
-            f"--name: {name!r} is not allowed: letters, digits, '.', '_' and '-', first a letter or digit, at most 100"
-        )
-    if (folder / "spec.json").exists():
-        raise SpecError(f"--name: {folder} is a run; choose another --name for the sweep")
     try:
         folder.mkdir(exist_ok=True)
         runs = {one["name"]: one for one in read_record(folder)}

@@ -214,6 +214,19 @@ def test_a_run_that_is_there_is_referred_to(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["../s", "-s", "a b", "s/t", ""])
+def test_names_that_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SpecError, match="is not allowed"):
+        place_members(tmp_path, name, expand(resolve_sweep(preset_sweep("tiny"))))
+
+
+def test_a_sweep_is_no_run(tmp_path: Path) -> None:
+    members = expand(resolve_sweep(preset_sweep("tiny")))
+    a_run(tmp_path / "s", members[0], "finished", 40)
+    with pytest.raises(SpecError, match="s is a run; choose another --name for the sweep"):
+        place_members(tmp_path, "s", members)
+
+
 def rows_of_record(folder: Path) -> dict[str, str]:
     return {run["name"]: run["folder"] for run in json.loads((folder / "sweep.json").read_text())["runs"]}
 
