@@ -221,8 +221,11 @@ def sweep(
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="So many seeds of each, from run.seed on.")] = None,
     jobs: Annotated[
-        int, typer.Option(min=1, help="Runs at once; cores and GPUs are divided among them. On Slurm: of the array.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1, help="Runs at once, among which cores and GPUs are divided: 1, on Slurm all, where not given."
+        ),
+    ] = None,
     nproc: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Processes of each run on this machine, one for each GPU.")
     ] = None,
@@ -282,9 +285,9 @@ def sweep(
             placed = place_members(runs_dir, title, members)
             folder = record_sweep(runs_dir, title, described, placed)
             if print_script:
-                print(cluster.print_script(folder, placed, jobs, options, retry_failed=retry_failed))
+                print(cluster.print_script(folder, placed, jobs or len(placed), options, retry_failed=retry_failed))
                 return
-            queued = cluster.submit(folder, placed, jobs, options, retry_failed=retry_failed)
+            queued = cluster.submit(folder, placed, jobs or len(placed), options, retry_failed=retry_failed)
         print("\n".join(cluster.queue_lines(placed, queued)), file=sys.stderr, flush=True)
         if wait:
             cluster.wait_for_runs(folder, placed, lambda line: print(line, file=sys.stderr, flush=True))
@@ -294,7 +297,7 @@ def sweep(
     from clipctl.sweep import run_sweep
     from clipctl.sweep_view import show_sweep, table_lines, views_lines
 
-    shares, warnings = share_machine([member.spec.engine for member in members], jobs)
+    shares, warnings = share_machine([member.spec.engine for member in members], jobs or 1)
     with planning(runs_dir):
         placed = place_members(runs_dir, title, members)
         folder = record_sweep(runs_dir, title, described, placed)

@@ -8,6 +8,7 @@ where each run lies, so that two sweeps begun at once share runs too.
 import fcntl
 import json
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -145,7 +146,11 @@ def open_claim(folder: Path) -> IO[str] | None:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a process of this machine, or of one whose locks are seen here, runs the run."""
+    """Whether a process runs the run: on this machine by its lock, on another one, whose locks may not be seen here, by its
+    heartbeat."""
+    status = _status(folder)
+    if status.get("host") not in (None, socket.gethostname()) and state_of(status) == "running":
+        return True
     if not (folder / ".lock").exists():
         return False
     with (folder / ".lock").open("a") as file:

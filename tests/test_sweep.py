@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,20 @@ def test_a_run_is_claimed_by_one(tmp_path: Path) -> None:
 
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert open_claim(tmp_path / "run") is None
+
+
+def test_a_run_of_another_machine_is_left_alone_while_its_heart_beats(tmp_path: Path) -> None:
+    """Whose lock may not be seen here."""
+    (member,) = expand(resolve_sweep(preset_sweep("tiny")))
+    a_run(tmp_path / "run", member, "running", 3)
+    file = tmp_path / "run" / "status.json"
+    stale = file.read_text()
+    file.write_text(stale.replace("2026-01-01T00:00:00+00:00", datetime.now(UTC).isoformat()))
+    assert open_claim(tmp_path / "run") is None
+    file.write_text(stale)
+    claim = open_claim(tmp_path / "run")
+    assert claim is not None
+    claim.close()
 
 
 def test_the_commands_that_draw_it() -> None:
