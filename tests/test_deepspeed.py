@@ -1,18 +1,25 @@
 """The DeepSpeed trainer against the torch trainer: the same steps from the same responses, alone and as two processes."""
 
+import json
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_llama
 from test_trainer import batch, spec, spec_loss
 
+import clipctl.engine.deepspeed_setup as setup
 from clipctl.engine import Scores, Trainer
 from clipctl.engine.attention import use_grouped_attention
+from clipctl.engine.deepspeed_config import deepspeed_config
 from clipctl.engine.torch_trainer import TorchTrainer
+from clipctl.errors import DependencyError, DivergedError, SpecError
 from clipctl.loss import UpdateTokens
-from clipctl.spec import RunSpec
+from clipctl.spec import RunSpec, load_spec, spec_from_json, spec_json
 
 pytestmark = pytest.mark.engines
 STATES = [(0, 0), (5, 0), (9, 0), (14, 0)]
@@ -115,3 +122,171 @@ def test_steps_are_those_of_the_torch_trainer(stage: int, dtype: str, offload: s
         moved = (reached[name] - begun[name]).abs().max()
         assert moved > 0
         assert (tensor - reached[name]).abs().max() <= (1e-2 if dtype == "float32" else 0.2) * moved, name
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "bfloat16"), (1, "bfloat16"), (2, "float32"), (3, "float32")])
+def test_a_batch_without_advantage_moves_by_momentum_and_decay_alone(stage: int, dtype: str) -> None:
+    """DeepSpeed steps after a backward pass, so there is one, of weight zero; and then none is left over for the next step."""
+    the_spec = deep_spec(stage, dtype, optim={"weight_decay": 0.5})
+    ours, reference = deep(the_spec), plain(the_spec)
+    old = reference.score(batch())
+    for trainer in (ours, reference):
+        trainer.step(batch(), range(0, 8), old, spec_loss(the_spec))
+        result = trainer.step(batch(), range(4, 8), old, spec_loss(the_spec))
+        assert (result.grad_norm, result.loss) == (0.0, 0.0)
+    for name, tensor in policy(ours).items():
+        torch.testing.assert_close(
+            tensor, policy(reference)[name], rtol=2e-2 if dtype == "bfloat16" else 1e-4, atol=1e-5
+        )
+    found, expected = (t.step(batch(), range(8, 16), old, spec_loss(the_spec)).grad_norm for t in (ours, reference))
+    assert found == pytest.approx(expected, rel=1e-4 if dtype == "float32" else 2e-2)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_untied_weights_recomputed_activations(stage: int) -> None:
+    """The head is a weight of its own, and every layer's forward pass runs again within the backward pass."""
+    the_spec = deep_spec(stage, engine={"gradient_checkpointing": True})
+    ours, reference = deep(the_spec, tie_word_embeddings=False), plain(the_spec, tie_word_embeddings=False)
+    assert "lm_head.weight" in dict(ours.weights())
+    old = reference.score(batch())
+    for mine, theirs in zip(steps(ours, the_spec, old=old), steps(reference, the_spec, old=old), strict=True):
+        assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "float32")])
+def test_an_update_that_is_not_finite_is_not_taken(stage: int, dtype: str) -> None:
+    the_spec = deep_spec(stage, dtype)
+    ours = deep(the_spec)
+    old = ours.score(batch())
+    before = policy(ours)
+    broken = batch()
+    # ZeRO-3 takes the norm in float64, where this one is finite.
+    broken.advantages_R[0] = 1e38 if stage < 3 else np.inf
+    with pytest.raises(
+        DivergedError, match=r"the update is not finite: loss .*, gradient norm .*; the step was not taken"
+    ):
+        ours.step(broken, range(0, 8), old, spec_loss(the_spec))
+    broken.advantages_R[0] = np.nan
+    with pytest.raises(DivergedError, match="loss nan"):
+        ours.step(broken, range(0, 8), old, spec_loss(the_spec))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy(ours).items())
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "bfloat16"), (1, "bfloat16"), (2, "float32"), (3, "bfloat16")])
+def test_a_saved_trainer_goes_on_bit_for_bit(stage: int, dtype: str, tmp_path: Path) -> None:
+    """From its folder, which transformers loads, its state, and the probe states as they were kept."""
+    from clipctl.engine.deepspeed_trainer import DeepSpeedTrainer
+    from clipctl.models import load_causal_lm
+
+    the_spec = deep_spec(stage, dtype)
+    plain(the_spec).save(tmp_path / "first")
+    ours = DeepSpeedTrainer(use_grouped_attention(load_causal_lm(tmp_path / "first", dtype, "cpu")), the_spec)
+    old = ours.score(batch())
+    steps(ours, the_spec, 2, old)
+    (tmp_path / "state").mkdir()
+    ours.save(tmp_path)
+    ours.save_state(tmp_path / "state", probe=True)
+    loaded = load_causal_lm(tmp_path, dtype, "cpu")
+    assert {name: tensor.dtype for name, tensor in loaded.named_parameters()}.items() == {
+        name: tensor.dtype for name, tensor in ours.weights()
+    }.items()
+    assert all(torch.equal(tensor, policy(ours)[name]) for name, tensor in loaded.named_parameters())
+    again = DeepSpeedTrainer(use_grouped_attention(loaded), the_spec)
+    again.load_state(tmp_path / "state")
+    again.keep_probe(batch(), STATES, tmp_path / "state")
+    for rows in (range(0, 8), range(8, 16)):
+        first, second = (t.step(batch(), rows, old, spec_loss(the_spec), "probe") for t in (ours, again))
+        assert (first.grad_norm, first.loss, first.probe) == (second.grad_norm, second.loss, second.probe)
+        assert torch.equal(first.tokens.logprob_T, second.tokens.logprob_T)
+    assert all(torch.equal(tensor, policy(ours)[name]) for name, tensor in policy(again).items())
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    ours = deep(deep_spec(2))
+    ours.save_state(tmp_path, probe=False)
+    (tmp_path / "ranks").write_text("2")
+    with pytest.raises(SpecError, match=r"the checkpoint is one of 2 processes and these are 1: .*; start 2"):
+        ours.load_state(tmp_path)
+
+
+def test_weights_are_gathered_and_written_by_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ZeRO-3, in buckets of a few tensors and in several files; what was given out stays whole."""
+    import clipctl.engine.deepspeed_trainer as module
+    import clipctl.engine.model_folder as writing
+    from clipctl.models import load_causal_lm
+
+    monkeypatch.setattr(module, "BUCKET", 15000)
+    monkeypatch.setattr(writing, "FILE_BYTES", 60000)
+    ours, reference = deep(deep_spec(3)), plain(deep_spec(3))
+    sizes = [
+        [parameter.ds_numel for _, parameter in bucket]
+        for bucket in module.buckets(list(ours.model.named_parameters()))
+    ]
+    assert len(sizes) > 3
+    assert all(sum(size) <= 15000 or len(size) == 1 for size in sizes)
+    held: list[int] = []
+    for _ in ours.weights():
+        held.append(sum(parameter.numel() for parameter in ours.model.parameters()))
+    small = sum(parameter.ds_numel for parameter in ours.model.parameters() if parameter.ds_persist)
+    assert max(held) <= small + max(map(sum, sizes))
+    given = dict(ours.weights())
+    assert given.keys() == dict(reference.weights()).keys()
+    assert all(torch.equal(given[name], tensor) for name, tensor in reference.weights())
+    ours.save(tmp_path)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    assert not list(tmp_path.glob(".*"))
+    loaded = load_causal_lm(tmp_path, "float32", "cpu")
+    assert all(torch.equal(tensor, given[name]) for name, tensor in loaded.named_parameters())
+    reference.save(tmp_path / "plain")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / name).read_text()) == json.loads((tmp_path / "plain" / name).read_text())
+
+
+def test_the_configuration_follows_from_the_spec() -> None:
+    config = deepspeed_config(deep_spec(2, "bfloat16"))
+    assert config["zero_optimization"] == {"stage": 2}
+    assert config["gradient_clipping"] == 0.05
+    assert config["bf16"]["enabled"]
+    assert config["communication_data_type"] == config["data_types"]["grad_accum_dtype"] == "fp32"
+    mine = {"zero_optimization": {"reduce_bucket_size": 5000, "overlap_comm": False}, "communication_data_type": "bf16"}
+    engine = {"deepspeed": {"zero_stage": 3, "offload": "all", "config": mine}}
+    the_spec = deep_spec(3, engine=engine)
+    merged = deepspeed_config(the_spec)
+    assert merged["zero_optimization"]["reduce_bucket_size"] == 5000
+    assert merged["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": False}
+    assert merged["communication_data_type"] == "bf16"
+    assert spec_from_json(spec_json(the_spec)) == the_spec
+    ours = deep(deep_spec(2, engine={"deepspeed": {"config": {"zero_optimization": {"reduce_bucket_size": 5000}}}}))
+    assert ours.engine.zero_reduce_bucket_size() == 5000
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"engine.deepspeed.config.zero_optimization.stage": 1}, "is ruled by engine.deepspeed.zero_stage"),
+        ({"engine.deepspeed.config.optimizer.type": "Lion"}, "config.optimizer.type: is ruled by optim.optimizer"),
+        ({"engine.deepspeed.config.train_batch_size": 8}, "is ruled by optim.responses_per_update"),
+        ({"engine.deepspeed.config.zero_optimisation.x": 1}, r"not passed on \(did you mean zero_optimization\?\)"),
+        ({"engine.deepspeed.offload": "all"}, "offload = 'all' needs zero_stage = 3, found 2"),
+        ({"engine.deepspeed.offload": "optimizer", "engine.deepspeed.zero_stage": 0}, "needs zero_stage 1, 2 or 3"),
+        ({"engine.deepspeed.zero_stage": 4}, "engine.deepspeed.zero_stage: input should be 0, 1, 2 or 3, found 4"),
+        ({"ledger.network_every": 64}, "set ledger.network_every = 0, or engine.trainer = 'torch'"),
+        ({"engine.trainer": "torch", "engine.deepspeed.zero_stage": 3}, "no effect with trainer = 'torch'"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        load_spec("tiny", {"engine.trainer": "deepspeed", "ledger.network_every": 0} | changes)
+
+
+def test_a_key_that_deepspeed_does_not_know_is_a_wrong_spec() -> None:
+    wrong = {"deepspeed": {"config": {"zero_optimization": {"reduce_bucket": 5000}}}}
+    with pytest.raises(SpecError, match=r"engine\.deepspeed\.config: .*reduce_bucket"):
+        deep(deep_spec(2, engine=wrong))
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "find_spec", lambda name: None)
+    with pytest.raises(DependencyError, match=r"deepspeed is not installed; pip install 'clipctl\[deepspeed\]'"):
+        setup.check_deepspeed()

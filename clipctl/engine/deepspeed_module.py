@@ -19,7 +19,10 @@ class StatisticsHead(nn.Module):
         self.weight = head_VD
         self.temperature = temperature
 
-    def forward(self, hidden_TD: Tensor, targets_T: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, hidden_TD: Tensor, targets_T: Tensor, *, whole: bool) -> tuple[Tensor, ...]:
+        if not whole:
+            # Run all the same: DeepSpeed has begun to gather the weight, because every other pass ends here.
+            return hidden_TD, targets_T
         found = token_statistics(hidden_TD, self.weight, targets_T, temperature=self.temperature)
         return found.logprob_T, found.entropy_T, found.sum_p2_T, found.sum_p2_logp_T, found.expected_q_T
 
@@ -36,7 +39,5 @@ class PolicyModule(nn.Module):
         """Statistics of the tokens at (row, column); without `whole` the hidden states that predict them and those tokens."""
         hidden_BSD = self.policy.model(input_ids=ids_BS, use_cache=False).last_hidden_state
         hidden_TD, targets_T = hidden_BSD[rows_T, columns_T - 1], ids_BS[rows_T, columns_T]
-        if not whole:
-            return hidden_TD, targets_T
-        statistics: tuple[Tensor, ...] = self.head(hidden_TD, targets_T)
-        return statistics
+        found: tuple[Tensor, ...] = self.head(hidden_TD, targets_T, whole=whole)
+        return found

@@ -70,7 +70,7 @@ class DeepSpeedTrainer:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.masters: list[nn.Parameter] = []
         module: nn.Module = self.module
-        with quiet(), ranks.together():
+        with quiet(), ranks.together(), named_keys():
             if self.stage == 0:
                 self.masters = [master_of(parameter) for parameter in self.parameters]
                 module = nn.ParameterList(self.masters)
@@ -226,6 +226,21 @@ class DeepSpeedTrainer:
             return nullcontext()
         gathered: AbstractContextManager[None] = self.deepspeed.zero.GatheredParameters(list(parameters))
         return gathered
+
+
+@contextmanager
+def named_keys() -> Iterator[None]:
+    """A key that DeepSpeed's own schema refuses becomes a SpecError."""
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise SpecError(
+            f"engine.deepspeed.config: DeepSpeed does not take {key} = {problem['input']!r} in {error.title}: {problem['msg']}"
+        ) from None
 
 
 def with_gradient(passes: list[Pass]) -> list[Pass]:

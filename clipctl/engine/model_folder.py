@@ -18,6 +18,8 @@ def write_model(model: Any, weights: Iterable[tuple[str, Tensor]], folder: Path)
 
     weights: of its parameters, by name, tied ones once. Raises OSError and SafetensorError.
     """
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = model.dtype
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
