@@ -1,7 +1,6 @@
 """The DeepSpeed trainer against the torch trainer: the same steps from the same responses, alone and as two processes."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
