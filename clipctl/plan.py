@@ -10,6 +10,14 @@ from clipctl.benchmarks import parse_benchmark
 from clipctl.models import ModelShape, model_shape
 from clipctl.spec import RunSpec
 from clipctl.tasks import ARITH_TEST, TASKS
+from clipctl.training_state import (
+    GATHERED,
+    GRADIENTS_16,
+    ON_THEIR_WAY,
+    checkpoint_bytes_per_weight,
+    in_host_memory,
+    training_state,
+)
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 ROW_BYTES = {"samples": 90, "updates": 300, "rollouts": 300, "tokens": 16, "histograms": 20}
@@ -29,9 +37,8 @@ PROBES = "log-probs of π_old in the probe states"
 NETWORK = "gradients of entropy and of the objective's parts, weights before the step"
 KV_CACHE, SAMPLING = "KV cache of the sampler, at most", "logits of a sampling step"
 ACTIVATIONS, STATISTICS = "activations of a micro-batch, estimated", "statistics"
-GRADIENTS_16 = "bfloat16 gradients"
 WHILE_SAMPLING = (KV_CACHE, SAMPLING)
-WHILE_TRAINING = (GRADIENTS_16, ACTIVATIONS, STATISTICS)
+WHILE_TRAINING = (GRADIENTS_16, GATHERED, ON_THEIR_WAY, ACTIVATIONS, STATISTICS)
 IN_TURNS = WHILE_SAMPLING + WHILE_TRAINING
 """What is held only then; all else of `memory` is always there. An engine that holds more adds to `memory` and to these."""
 OPTIMIZER_WORDS = {"adamw": "AdamW", "sgd": "SGD"}
@@ -71,7 +78,7 @@ def make_plan(spec: RunSpec, processes: int = 1) -> Plan:
     Raises ModelError for a broken GGUF file.
     """
     shape = model_shape(spec.model.path)
-    held = {} if shape is None else memory(spec, shape)
+    held = {} if shape is None else memory(spec, shape, processes)
     return Plan(
         spec=spec,
         processes=processes,
@@ -171,11 +178,11 @@ def memory_warnings(spec: RunSpec, held: dict[str, int]) -> list[str]:
     ]
 
 
-def memory(spec: RunSpec, shape: ModelShape) -> dict[str, int]:
-    """Bytes on the training device, by what holds them.
+def memory(spec: RunSpec, shape: ModelShape, processes: int = 1) -> dict[str, int]:
+    """Bytes on the training device of each process, by what holds them.
 
     bfloat16: a working copy and its gradients (2 + 2 bytes a parameter), float32 masters and gradients (4 + 4), AdamW
-    (8). float32: 4 + 4 + 8. Activations are an estimate of one micro-batch.
+    (8). float32: 4 + 4 + 8. With DeepSpeed shares of these. Activations are an estimate of one micro-batch.
     """
     count, width = shape.parameters, _bytes_per_weight(spec)
     rollout, engine = spec.rollout, spec.engine
@@ -184,13 +191,7 @@ def memory(spec: RunSpec, shape: ModelShape) -> dict[str, int]:
     tokens = engine.tokens_per_microbatch
     layer = HIDDEN_KEPT[spec.model.dtype] * shape.hidden + 4 * shape.intermediate
     kept = shape.layers * shape.hidden + layer if engine.gradient_checkpointing else shape.layers * layer
-    held = {"weights": count * width}
-    if width == 2:
-        held["float32 master weights"] = 4 * count
-        held[GRADIENTS_16] = 2 * count
-    return held | {
-        "float32 gradients": 4 * count,
-        **({"AdamW moments": 8 * count} if spec.optim.optimizer == "adamw" else {}),
+    return training_state(spec, count, processes) | {
         **({PROBES: 4 * spec.ledger.probe_states * shape.vocabulary} if spec.ledger.probe_states else {}),
         **({NETWORK: 20 * count} if spec.ledger.network_every else {}),
         KV_CACHE: rows * columns * shape.kv_values_per_token * width,
@@ -442,9 +443,13 @@ def _memory_lines(plan: Plan) -> list[str]:
     assert plan.shape is not None
     logits = 4 * plan.spec.engine.tokens_per_microbatch * plan.shape.vocabulary
     parts = [_more(f"{size_words(size):>10}  {name}") for name, size in plan.memory.items()]
+    each = f" in each of {plan.processes} processes" if plan.processes > 1 else ""
+    host = in_host_memory(plan.spec, plan.shape.parameters, plan.processes)
+    words = f"{size_words(host)} more of the machine's memory for each process, by engine.deepspeed.offload"
     return [
-        _line("memory", f"{size_words(peak_memory(plan.memory))} at the peak (sampling and training take turns)"),
+        _line("memory", f"{size_words(peak_memory(plan.memory))} at the peak{each} (sampling and training take turns)"),
         *parts,
+        *([_more(words)] if host else []),
         _more(f"logits are never held whole: they would take {size_words(logits)} a micro-batch"),
     ]
 
@@ -463,11 +468,6 @@ def _disk_lines(plan: Plan) -> list[str]:
             )
         )
     return lines
-
-
-def checkpoint_bytes_per_weight(spec: RunSpec) -> int:
-    """Bytes of a checkpoint for each weight: itself, a float32 master where it is bfloat16, AdamW's two moments."""
-    return _bytes_per_weight(spec) + 4 * (spec.model.dtype == "bfloat16") + 8 * (spec.optim.optimizer == "adamw")
 
 
 def kept_checkpoints(spec: RunSpec) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from clipctl.engine.torch_trainer import TorchTrainer
 from clipctl.errors import DependencyError, DivergedError, SpecError
 from clipctl.loss import UpdateTokens
 from clipctl.spec import RunSpec, load_spec, spec_from_json, spec_json
+from clipctl.training_state import MASTERS, MOMENTS, checkpoint_bytes_per_weight, training_state
 
 pytestmark = pytest.mark.engines
 STATES = [(0, 0), (5, 0), (9, 0), (14, 0)]
@@ -258,6 +259,36 @@ def test_the_configuration_follows_from_the_spec() -> None:
     assert spec_from_json(spec_json(the_spec)) == the_spec
     ours = deep(deep_spec(2, engine={"deepspeed": {"config": {"zero_optimization": {"reduce_bucket_size": 5000}}}}))
     assert ours.engine.zero_reduce_bucket_size() == 5000
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(0, "bfloat16"), (1, "bfloat16"), (2, "float32"), (2, "bfloat16"), (3, "bfloat16")]
+)
+def test_the_plan_counts_what_deepspeed_holds(stage: int, dtype: str, tmp_path: Path) -> None:
+    """Bytes of the tensors, and of the files, that are there after a step."""
+    the_spec = deep_spec(stage, dtype)
+    ours = deep(the_spec)
+    steps(ours, the_spec, 1)
+    count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in ours.parameters)
+    held = training_state(the_spec, count, 1)
+    masters = (
+        ours.engine.optimizer.fp32_partitioned_groups_flat
+        if stage == 3
+        else [master for group in ours.engine.basic_optimizer.param_groups for master in group["params"]]
+    )
+    moments = [
+        tensor
+        for state in ours.engine.basic_optimizer.state.values()
+        for name, tensor in state.items()
+        if name.startswith("exp_avg")
+    ]
+    # Flat tensors are padded to a few values.
+    assert sum(master.nbytes for master in masters) == pytest.approx(held[MASTERS], rel=1e-3)
+    assert sum(moment.nbytes for moment in moments) == pytest.approx(held[MOMENTS], rel=1e-3)
+    ours.save(tmp_path)
+    ours.save_state(tmp_path, probe=False)
+    files = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.suffix in (".pt", ".safetensors"))
+    assert files == pytest.approx(checkpoint_bytes_per_weight(the_spec) * count, rel=0.1)
 
 
 @pytest.mark.parametrize(

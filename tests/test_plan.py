@@ -63,6 +63,42 @@ def test_the_3b_run_by_hand() -> None:
     assert plan.disk_model == 2 * count
 
 
+def test_zero_stages_by_hand() -> None:
+    """Llama-3-8B in bfloat16, 8 processes: of each weight 2 bytes, 4 for its master, 8 of moments, 4 of gradient, shared."""
+    count = 8_030_261_248
+    share = count // 8
+    deep = {"engine__trainer": "deepspeed"}
+    two = make_plan(spec("llama8b-gsm8k", **deep), 8).memory
+    assert two["weights"] == 2 * count
+    assert (two["float32 master weights"], two["float32 gradients"], two["AdamW moments"]) == (
+        4 * share,
+        4 * share,
+        8 * share,
+    )
+    assert two["gradients that are being summed"] == 4 * 500_000_000
+    assert "weights of the sampler" not in two
+    one = make_plan(spec("llama8b-gsm8k", **deep, engine__deepspeed__zero_stage=1), 8).memory
+    assert (one["float32 gradients"], one["bfloat16 gradients"], one["AdamW moments"]) == (
+        4 * count,
+        2 * count,
+        8 * share,
+    )
+    three = spec("llama8b-gsm8k", **deep, engine__deepspeed__zero_stage=3)
+    held = make_plan(three, 8).memory
+    assert (held["weights"], held["weights of the sampler"]) == (2 * share, 2 * count)
+    assert held["weights that are whole at a time"] == 2 * 1_000_000_000
+    away = spec("llama8b-gsm8k", **deep, engine__deepspeed__zero_stage=3, engine__deepspeed__offload="all")
+    plan = make_plan(away, 8)
+    assert not {"weights", "AdamW moments", "float32 gradients", "float32 master weights"} & plan.memory.keys()
+    lines = "\n".join(plan_lines(plan))
+    assert f"{18 * share / 2**30:.1f} GiB more of the machine's memory for each process" in lines
+    assert "in each of 8 processes" in lines
+    assert (
+        make_plan(spec("llama8b-gsm8k", **deep, engine__deepspeed__zero_stage=0), 8).memory
+        == make_plan(spec("llama8b-gsm8k"), 8).memory
+    )
+
+
 def test_sampling_and_training_take_turns_in_memory() -> None:
     held = {"a": 5, KV_CACHE: 7, SAMPLING: 1, ACTIVATIONS: 2, STATISTICS: 3}
     assert peak_memory(held) == 5 + 7 + 1
