@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from clipctl.folder import committed, is_odd, list_segments, plain_path, quoted, read_segments, table_of
-from clipctl.schema import FOLDED, SCHEMA_VERSION, SUMS, sql_columns, sums_sql
+from clipctl.schema import FOLDED, SCHEMA_VERSION, SOURCES, derived_sql, sql_columns
 from clipctl.segments import sync
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ def fold(folder: Path) -> None:
             source.execute(f"attach {quoted(built)} as target")
             for table in FOLDED:
                 source.execute(f"create table target.{table} as select * from raw_{table}")
-            source.execute(f"create table target.{SUMS} as {sums_sql('raw_updates', 'raw_probes')}")
+            for table, sources in SOURCES.items():
+                made = derived_sql(table, *(f"raw_{name}" for name in sources))
+                source.execute(f"create table target.{table} as {made}")
             source.execute("create table target.segments (name varchar)")
             if held or new:
                 source.execute("insert into target.segments select unnest(?)", [sorted({*held, *new})])

@@ -23,7 +23,7 @@ from clipctl.folder import (
     table_of,
 )
 from clipctl.query import one_line
-from clipctl.schema import FOLDED, KEYS, SCHEMA_VERSION, SUMS, TABLES, sql_columns, sums_sql
+from clipctl.schema import DERIVED, FOLDED, KEYS, SCHEMA_VERSION, SOURCES, TABLES, derived_sql, sql_columns
 
 if TYPE_CHECKING:
     import duckdb
@@ -66,8 +66,8 @@ class RawTables:
         made before be forgotten."""
         self.connection.execute(f"create or replace table empty_{table} ({sql_columns(table)})")
         parts = [f"select * from empty_{table}"]
-        if table == SUMS:
-            parts += self._sums()
+        if table in DERIVED:
+            parts += self._derived(table)
         elif table in FOLDED:
             self._load_journal(table)
             parts.append(f"select * from journal_{table}")
@@ -78,22 +78,22 @@ class RawTables:
         self.connection.execute(f"create or replace view raw_{table} as {' union all by name '.join(parts)}")
         self.made.add(table)
 
-    def _sums(self) -> Iterator[str]:
-        """The sums of stores that have them, and those made here of other stores' updates and of the journals'."""
-        for source in ("updates", "probes"):
+    def _derived(self, table: str) -> Iterator[str]:
+        """The rows of stores that have them, and those made here of other stores' tables and of the journals'."""
+        for source in SOURCES[table]:
             self.connection.execute(f"create or replace table empty_{source} ({sql_columns(source)})")
             self._load_journal(source)
-        yield sums_sql("journal_updates", "journal_probes")
-        for number, tables in self._attached.items():
-            if SUMS in tables:
-                yield self._part(number, SUMS, f"s{number}.{SUMS}")
-            elif "updates" in tables:
+        yield derived_sql(table, *(f"journal_{source}" for source in SOURCES[table]))
+        for number, held in self._attached.items():
+            if table in held:
+                yield self._part(number, table, f"s{number}.{table}")
+            elif SOURCES[table][0] in held:
                 # A store of an earlier version lacks columns, or the table.
-                updates, probes = (
-                    f"(from empty_{source}" + f" union all by name from s{number}.{source}" * (source in tables) + ")"
-                    for source in ("updates", "probes")
+                sources = (
+                    f"(from empty_{source}" + f" union all by name from s{number}.{source}" * (source in held) + ")"
+                    for source in SOURCES[table]
                 )
-                yield self._part(number, SUMS, f"({sums_sql(updates, probes)})")
+                yield self._part(number, table, f"({derived_sql(table, *sources)})")
 
     def _part(self, number: int, table: str, source: str) -> str:
         name = quoted(self.ids[number])

@@ -192,17 +192,21 @@ TABLES: dict[str, dict[str, str]] = {
     "events": {"time": "timestamp", "rollout": "int64", "kind": "string", "message": "string", "data": "string"},
 }
 
-SUMS = "update_sums"
-"""The updates of each rollout together, with the probes in which the ledger was right: made of both when a run is folded, so
-that an overview of many long runs need not read every update."""
-
-_SUMS = {
-    "rollout": "int64",
-    **dict.fromkeys(("tokens", "clip_low", "clip_high"), "int64"),
-    **dict.fromkeys(TERMS[:3], "float64"),
-    **dict.fromkeys(("eps_low_from", "eps_low_to", "eps_high_from", "eps_high_to"), "float64"),
-    **dict.fromkeys(("probed", "agreed"), "int64"),
+DERIVED: dict[str, dict[str, str]] = {
+    "update_sums": {
+        "rollout": "int64",
+        **dict.fromkeys(("tokens", "clip_low", "clip_high"), "int64"),
+        **dict.fromkeys(TERMS[:3], "float64"),
+        **dict.fromkeys(("eps_low_from", "eps_low_to", "eps_high_from", "eps_high_to"), "float64"),
+        **dict.fromkeys(("probed", "agreed"), "int64"),
+    },
+    "histogram_sums": {name: kind for name, kind in TABLES["histograms"].items() if name != "inner_step"},
 }
+"""Tables that are made of others when a run is folded, so that looking at many long runs need not read every update: the
+updates of each rollout together, with the probes in which the ledger was right; the histograms of each rollout together."""
+
+SOURCES = {"update_sums": ("updates", "probes"), "histogram_sums": ("histograms",)}
+"""What they are made of."""
 
 FOLDED = ("rollouts", "updates", "histograms", "samples", "probes", "noise", "events", "evaluations", "evals")
 """Tables that move into metrics.duckdb."""
@@ -223,12 +227,24 @@ _SQL = {"string": "varchar", "int32": "integer", "int64": "bigint", "float32": "
 
 def sql_columns(table: str) -> str:
     """Names and types of a table's columns, as `create table` takes them."""
-    columns = KEYS | (_SUMS if table == SUMS else TABLES[table])
+    columns = KEYS | (TABLES | DERIVED)[table]
     return ", ".join(f"{name} {_SQL[kind]}" for name, kind in columns.items())
 
 
-def sums_sql(updates: str, probes: str) -> str:
-    """The query that makes the rows of SUMS of these two relations."""
+def derived_sql(table: str, *sources: str) -> str:
+    """The query that makes the rows of one of DERIVED of relations like its SOURCES."""
+    assert table in SOURCES
+    return _update_sums(*sources) if table == "update_sums" else _histogram_sums(*sources)
+
+
+def _histogram_sums(histograms: str) -> str:
+    sums = "sum(tokens)::bigint as tokens, sum(pg) as pg, sum(npg) as npg"
+    return (
+        f"select run_id, attempt, rollout, advantage_sign, ratio_from, ratio_to, {sums} from {histograms} group by all"
+    )
+
+
+def _update_sums(updates: str, probes: str) -> str:
     total, change = "(u.pg_reward + u.pg_clip_low + u.pg_clip_high)", "(p.entropy_after_sum - p.entropy_before_sum)"
     return f"""select u.run_id, u.attempt, u.rollout,
         {", ".join(f"sum(u.{name})::bigint as {name}" for name in ("tokens", "clip_low", "clip_high"))},

@@ -18,7 +18,7 @@ from clipctl.folder import quoted
 from clipctl.listing import SMALL, folder_rows, run_ids
 from clipctl.query import named_views, nearest, one_line, syntax_tree, table_names
 from clipctl.raw import RawTables
-from clipctl.schema import SUMS, TABLES
+from clipctl.schema import DERIVED, TABLES
 from clipctl.views import VIEWS
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _with_what_it_reads(names: Iterable[str]) -> list[str]:
         if name in VIEWS and name not in ordered:
             for below in sorted(_reads(name)):
                 add(below)
-        if name in VIEWS or name.removeprefix("raw_") in (*TABLES, SUMS):
+        if name in VIEWS or name.removeprefix("raw_") in TABLES | DERIVED:
             ordered[name] = None
 
     for name in sorted(names):

@@ -5,7 +5,7 @@ Sums and counts are stored, the views make the means; empty is NULL, never NaN.
 
 from collections.abc import Sequence
 
-from clipctl.schema import GAPS, LEDGER, MASSES, NETWORK, SUMS
+from clipctl.schema import GAPS, LEDGER, MASSES, NETWORK
 
 
 def _evaluated(table: str) -> str:
@@ -81,7 +81,8 @@ VIEWS: dict[str, str] = {
         {", ".join(f"{total} / nullif({mass}, 0) as {gap}" for gap, (total, mass) in GAPS.items())},
         ratio_sum, kl_sum, entropy_token_sum
         from raw_updates""",
-    SUMS: f"create view {SUMS} as select * from raw_{SUMS}",
+    "update_sums": "create view update_sums as select * from raw_update_sums",
+    "histogram_sums": "create view histogram_sums as select * from raw_histogram_sums",
     "histograms": "create view histograms as select * from raw_histograms",
     "probes": f"""create view probes as select
         p.run_id, p.attempt, p.rollout, p.inner_step, states,

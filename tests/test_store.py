@@ -26,7 +26,7 @@ from clipctl.folder import list_segments, state_of
 from clipctl.journal import RunWriter, create_run
 from clipctl.lock import lock_run
 from clipctl.metrics import METRICS
-from clipctl.schema import SCHEMA_VERSION, SHARDS, SUMS, TABLES
+from clipctl.schema import SCHEMA_VERSION, SHARDS, TABLES
 from clipctl.segments import digest
 from clipctl.spec import load_spec, spec_json
 from clipctl.store import Runs, open_runs
@@ -601,28 +601,53 @@ def test_sums_of_updates_are_those_of_the_updates_wherever_they_are(writer: RunW
         write(writer, rollout)
     writer.close("interrupted", "")
     with duckdb.connect(str(writer.folder / "metrics.duckdb")) as store:
-        assert store.sql(f"select count(*) from {SUMS}").fetchall() == [(3,)]
+        assert store.sql("select count(*) from update_sums").fetchall() == [(3,)]
         store.execute("update updates set tokens = tokens + 1")
     later = RunWriter(writer.folder, SPEC, "tiny", lock_run(writer.folder), before=writer._status, resumed_at=2)
     write(later, 2)
     write(later, 3)
-    query = f"select * exclude (attempt) from {SUMS} order by all"
+    query = "select * exclude (attempt) from update_sums order by all"
     with open_runs(writer.folder) as runs:
         held, made = runs.sql(query).fetchall(), runs.sql(SUMMED).fetchall()
     assert [row[1] for row in made] == [0, 1, 2, 3]
     assert [row[2] - 3 for row in made[:2]] == [row[2] for row in held[:2]], "a store's sums are made when it is folded"
     assert_equal_rows(held[2:], made[2:])
     with duckdb.connect(str(writer.folder / "metrics.duckdb")) as store:
-        store.execute(f"drop table {SUMS}")
+        store.execute("drop table update_sums")
     later.close("finished", "")
     assert sum(row[-2] for row in made) == 8
     with open_runs(writer.folder) as runs:
         assert_equal_rows(runs.sql(query).fetchall(), made)
         assert_equal_rows(runs.sql(SUMMED).fetchall(), made)
     with duckdb.connect(str(writer.folder / "metrics.duckdb")) as store:
-        store.execute(f"drop table {SUMS}")
+        store.execute("drop table update_sums")
     with open_runs(writer.folder) as runs:
         assert_equal_rows(runs.sql(query).fetchall(), made)
+
+
+@pytest.mark.parametrize("where", ["journal", "store", "store of an earlier version"])
+def test_sums_of_histograms_are_those_of_the_updates(writer: RunWriter, where: str) -> None:
+    for rollout in range(3):
+        bins: dict[str, list[Any]] = {
+            "inner_step": [0, 0, 4],
+            "advantage_sign": [1, -1, 1],
+            "ratio_from": [0.5, 0.5, 0.5],
+            "ratio_to": [1.0, 1.0, 1.0],
+            "tokens": [2, 3, 5 + rollout],
+            "pg": [0.5, 1.0, 0.25],
+            "npg": [1.0, 2.0, 4.0],
+        }
+        writer.write_rollout(rollout, rollout_row(rollout), tables(update_rows(rollout), samples(0), histograms=bins))
+    if where != "journal":
+        writer.close("finished", "")
+    if where == "store of an earlier version":
+        with duckdb.connect(str(writer.folder / "metrics.duckdb")) as store:
+            store.execute("drop table histogram_sums")
+    with open_runs(writer.folder) as runs:
+        found = runs.sql("select rollout, advantage_sign, tokens, pg, npg from histogram_sums order by all").fetchall()
+    assert found == [
+        row for rollout in range(3) for row in ((rollout, -1, 3, 1.0, 2.0), (rollout, 1, 7 + rollout, 0.75, 5.0))
+    ]
 
 
 def assert_equal_rows(found: list[tuple[Any, ...]], wanted: list[tuple[Any, ...]]) -> None:
@@ -638,7 +663,7 @@ def test_ctrl_c_ends_a_fold_and_nothing_is_lost(writer: RunWriter, monkeypatch: 
     before = answers(writer.folder)
     endless = "select count(*) as n from range(1000000000000)"
     with monkeypatch.context() as patched:
-        patched.setattr("clipctl.fold.sums_sql", lambda *_: endless)
+        patched.setattr("clipctl.fold.derived_sql", lambda *_: endless)
         ctrl_c = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
         ctrl_c.start()
         with pytest.raises(KeyboardInterrupt):

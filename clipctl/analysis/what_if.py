@@ -14,12 +14,13 @@ from clipctl.whatif import Pull, WhatIf, what_if
 
 PROFILES = """
 select run_id, advantage_sign, ratio_from, ratio_to, sum(tokens) as tokens, sum(pg) as pg, sum(npg) as npg
-from histograms group by all order by all
+from histogram_sums group by all order by all
 """
 RUN_EPS = """
 select run_id, r.eps_low, r.eps_high,
-    coalesce(bool_and(u.eps_low = r.eps_low and u.eps_high = r.eps_high), false) as held
-from runs as r left join updates as u using (run_id) group by all order by any_value(r.created_at), run_id
+    coalesce(bool_and(eps_low_from = r.eps_low and eps_low_to = r.eps_low and eps_high_from = r.eps_high
+        and eps_high_to = r.eps_high), false) as held
+from runs as r left join update_sums as u using (run_id) group by all order by any_value(r.created_at), run_id
 """
 RECORDED = f"""
 select run_id, min(eps_low) as low_from, max(eps_low) as low_to, min(eps_high) as high_from, max(eps_high) as high_to,
