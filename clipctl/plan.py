@@ -37,7 +37,12 @@ PROBES = "log-probs of π_old in the probe states"
 NETWORK = "gradients of entropy and of the objective's parts, weights before the step"
 KV_CACHE, SAMPLING = "KV cache of the sampler, at most", "logits of a sampling step"
 ACTIVATIONS, STATISTICS = "activations of a micro-batch, estimated", "statistics"
-WHILE_SAMPLING = (KV_CACHE, SAMPLING)
+ENGINE_AWAKE, CACHE_AWAKE = "weights of the vLLM engine", "KV cache of the vLLM engine, at most"
+ENGINE_ASLEEP = "weights of the vLLM engine, while it is awake"
+SHARED_WEIGHTS = "weights in memory that is shared with the vLLM engine"
+ENGINE_HOLDS = (ENGINE_AWAKE, CACHE_AWAKE, SHARED_WEIGHTS)
+"""What is there all the time, and not the trainer's."""
+WHILE_SAMPLING = (KV_CACHE, SAMPLING, ENGINE_ASLEEP)
 WHILE_TRAINING = (GRADIENTS_16, GATHERED, ON_THEIR_WAY, ACTIVATIONS, STATISTICS)
 IN_TURNS = WHILE_SAMPLING + WHILE_TRAINING
 """What is held only then; all else of `memory` is always there. An engine that holds more adds to `memory` and to these."""
@@ -194,11 +199,26 @@ def memory(spec: RunSpec, shape: ModelShape, processes: int = 1) -> dict[str, in
     return training_state(spec, count, processes) | {
         **({PROBES: 4 * spec.ledger.probe_states * shape.vocabulary} if spec.ledger.probe_states else {}),
         **({NETWORK: 20 * count} if spec.ledger.network_every else {}),
-        KV_CACHE: rows * columns * shape.kv_values_per_token * width,
+        **sampler_memory(spec, shape, rows * columns * shape.kv_values_per_token * width),
         SAMPLING: sampling_buffers(spec) * 4 * rows * shape.vocabulary,
         ACTIVATIONS: tokens * kept * width,
         STATISTICS: statistics_memory(spec, shape),
     }
+
+
+def sampler_memory(spec: RunSpec, shape: ModelShape, cache: int) -> dict[str, int]:
+    """Bytes of the sampler on one device but for its logits. The torch sampler has the trainer's weights and no cache while the
+    trainer works; a vLLM engine has its own of both, and keeps them on a CPU and where it never sleeps."""
+    engine = spec.engine
+    if engine.sampler == "torch":
+        return {KV_CACHE: cache}
+    weights = shape.parameters * _bytes_per_weight(spec)
+    devices = engine.vllm.tensor_parallel
+    if engine.device == "cpu":
+        return {ENGINE_AWAKE: weights, CACHE_AWAKE: cache, SHARED_WEIGHTS: weights}
+    if engine.vllm.sleep == "never":
+        return {ENGINE_AWAKE: weights // devices, CACHE_AWAKE: cache // devices}
+    return {ENGINE_ASLEEP: weights // devices, KV_CACHE: cache // devices}
 
 
 def statistics_memory(spec: RunSpec, shape: ModelShape) -> int:
@@ -260,6 +280,7 @@ def plan_lines(plan: Plan) -> list[str]:
             f"at most {plan.max_response_tokens:,} response tokens a rollout, {spec.rollout.max_response_tokens} a response"
         ),
         *_dapo_lines(plan),
+        *_sampler_lines(spec),
         _line(
             "updates",
             f"{_count(plan.updates, 'update')} per rollout, {spec.optim.responses_per_update} responses each "
@@ -298,6 +319,17 @@ def _model_words(spec: RunSpec, shape: ModelShape | None) -> str:
     if shape is None:
         return f"{spec.model.path}, {spec.model.dtype}; its shape is not known here, so memory is left out"
     return f"{spec.model.path}, {shape.parameters:,} parameters, {spec.model.dtype}, on {spec.engine.device}"
+
+
+def _sampler_lines(spec: RunSpec) -> list[str]:
+    engine = spec.engine
+    if engine.sampler == "torch":
+        return []
+    where = "on the CPU" if engine.device == "cpu" else f"on {_count(engine.vllm.tensor_parallel, 'GPU')}"
+    words = f"vLLM in a process of its own {where}, up to {engine.sampler_rows} responses side by side"
+    asleep = {"auto": "asleep while the trainer works, unless measured memory is enough for both", "never": "always awake",
+              "always": "asleep while the trainer works"}  # fmt: skip
+    return [_line("sampler", words if engine.device == "cpu" else f"{words}, {asleep[engine.vllm.sleep]}")]
 
 
 def _data_words(spec: RunSpec) -> str:

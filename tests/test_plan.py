@@ -28,6 +28,7 @@ from clipctl.plan import (
     SAMPLING,
     SAMPLING_BUFFERS,
     STATISTICS,
+    WHILE_TRAINING,
     clip_warnings,
     context_warnings,
     disk_per_rollout,
@@ -350,3 +351,24 @@ def test_files_are_counted_when_they_are_read_and_limits_cap() -> None:
     assert any("problems of files are counted when they are read" in line for line in lines)
     with pytest.raises(SpecError, match="did you mean gsm8k"):
         plan_lines(make_plan(load_spec("tiny", {"eval.every": 1, "eval.benchmarks": ("gsm8",)})))
+
+
+def test_a_vllm_engine_has_weights_of_its_own() -> None:
+    """Llama-3.2-1B: 1.24e9 weights of 2 bytes; the KV cache is the torch sampler's. Asleep, it has none of it in training."""
+    shape = MODELS["llama-3.2-1b-instruct"].shape
+    weights = 2 * shape.parameters
+    torch_held = memory(spec("llama1b-random", engine__device="cuda"), shape)
+    changes = {"engine__sampler": "vllm", "engine__device": "cuda"}
+    awake = memory(spec("llama1b-random", engine__vllm__sleep="never", **changes), shape)
+    assert peak_memory(awake) == sum(awake.values()) - awake[SAMPLING]
+    assert sum(awake.values()) == sum(torch_held.values()) + weights
+    asleep = memory(spec("llama1b-random", **changes), shape)
+    assert sum(asleep.values()) == sum(torch_held.values()) + weights
+    training = sum(asleep.get(name, 0) for name in WHILE_TRAINING)
+    sampling = asleep[KV_CACHE] + asleep[SAMPLING] + weights
+    assert peak_memory(asleep) == sum(asleep.values()) - min(training, sampling)
+    on_cpu = memory(spec("llama1b-random", engine__sampler="vllm", engine__device="cpu"), shape)
+    assert sum(on_cpu.values()) - on_cpu[STATISTICS] == sum(torch_held.values()) - torch_held[STATISTICS] + 2 * weights
+    lines = "\n".join(plan_lines(make_plan(spec("llama1b-random", **changes))))
+    assert "vLLM in a process of its own on 1 GPU, up to" in lines
+    assert "asleep while the trainer works, unless" in lines

@@ -167,7 +167,7 @@ def open_engine(
     if spec.engine.sampler == "vllm":
         from clipctl.engine.vllm_setup import trainer_growth
 
-        reserved = trainer_growth(spec, model_folder)
+        reserved = trainer_growth(spec, model_folder, ranks.size)
         vllm = open_vllm(spec.engine, spec.model, model_folder, longest, reserved, trainer.weights, tell)
         return EnginePair(vllm, trainer, shared=False)
     whole = _load(model_folder, spec.model, spec.engine.device) if divided else model

@@ -142,11 +142,11 @@ class VllmSampler:
             return
         self._end(keep_log=True)
         if not self._began:
-            raise EngineError(f"the vLLM engine did not start: {lost}; what it said is in {log}")
+            raise EngineError(f"the vLLM engine did not start: {lost}; what it said is in {log}") from None
         raise EngineError(
             f"the vLLM engine was lost ({lost}) after it had been started again {self._rebuilt} of engine.vllm.rebuilds = "
             f"{rebuilds} times; what it said is in {log}; the same command goes on from the last checkpoint"
-        )
+        ) from None
 
     def _end(self, *, keep_log: bool = False) -> None:
         process, self._process = self._process, None

