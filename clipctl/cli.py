@@ -95,7 +95,7 @@ def train(
         nest({key: value for key, value in flags.items() if value is not None}),
     )
     from clipctl.launch import check_nproc, start_ranks
-    from clipctl.rendezvous import find_seat
+    from clipctl.rendezvous import find_seat, quiet_torch
 
     if nproc is not None:
         check_nproc(nproc)
@@ -117,6 +117,8 @@ def train(
     if nproc is not None and nproc > 1:
         start_ranks(nproc, resolved.engine.threads)
         first = (seat := find_seat()) is not None and seat.rank == 0
+    if seat is not None:
+        quiet_torch()
     with catch_signals() as stop:
         # A signal counts from here on, while torch is still being loaded.
         with stop.interruptible():

@@ -30,7 +30,7 @@ LOST_SECONDS = 40.0
 """Without a beat after which a process counts as lost."""
 PATIENCE = 2.0
 """Seconds in which a process whose peer failed may find out by itself, as all do when an update is not finite."""
-STUCK_SECONDS = 5.0
+STUCK_SECONDS = 2.0
 """In a collective operation after which a process that must end is ended; elsewhere it has LOST_SECONDS."""
 
 
@@ -63,7 +63,7 @@ class Heartbeat:
         """Tells the others why this process ends; whether the store of rank 0 still heard it."""
         kind = type(error).__name__ if isinstance(error, ClipctlError) else "ClipctlError"
         line = str(error) if isinstance(error, ClipctlError) else f"a bug in clipctl: {type(error).__name__}: {error}"
-        told = {"rank": self.seat.rank, "host": self._me["host"], "kind": kind, "line": line}
+        told = {"rank": self.seat.rank, "host": self._me["host"], "kind": kind, "line": line, "lost": sorted(self.lost)}
         try:
             self.store.compare_set("error", "", json.dumps(told))
         except RuntimeError:
@@ -116,7 +116,9 @@ class Heartbeat:
     def _look(self) -> ClipctlError | None:
         """What the others told. A request to stop becomes one of this process."""
         if self.store.check(["error"]):
-            return _rebuilt(json.loads(self.store.get("error")))
+            told = json.loads(self.store.get("error"))
+            self.lost |= set(told["lost"])
+            return _rebuilt(told)
         now = time.monotonic()
         for rank, text in self._others().items():
             beat = json.loads(text)
@@ -150,12 +152,12 @@ class Heartbeat:
 
     def _end(self, failure: ClipctlError) -> None:
         """Ends the main thread's work: it has time to find out by itself, then gets the error, then the process ends."""
+        if 0 not in self.lost:
+            failure.told = self.seat.rank != 0
         self.failure = failure
         self.found.set()
         if self._closing.wait(PATIENCE) or not self.working:
             return
-        if 0 not in self.lost:
-            failure.told = self.seat.rank != 0
         self.stop.fail(failure)
         stuck, start = 0.0, time.monotonic()
         while self.working and stuck < STUCK_SECONDS and time.monotonic() - start < LOST_SECONDS:
@@ -164,16 +166,17 @@ class Heartbeat:
         if self.working:
             with suppress(ClipctlError):
                 self.on_end(failure)
+            with suppress(RuntimeError):
+                self._tell(left=True)
             if not failure.told:
                 print(f"clipctl: {failure}", file=sys.stderr, flush=True)
             os._exit(failure.exit_code)
 
 
 def _rebuilt(told: dict[str, Any]) -> ClipctlError:
-    kind = getattr(errors, told["kind"])
-    found: ClipctlError = kind(
-        told["line"] if told["rank"] == 0 else f"rank {told['rank']} on {told['host']}: {told['line']}"
-    )
+    """The error that another rank announced: its own, or that a third one is lost."""
+    kind, own = getattr(errors, told["kind"]), told["rank"] and not told["lost"]
+    found: ClipctlError = kind(f"rank {told['rank']} on {told['host']}: {told['line']}" if own else told["line"])
     return found
 
 

@@ -22,9 +22,9 @@ from clipctl.rendezvous import LISTEN, find_seat
 
 PR_SET_PDEATHSIG = 1
 TICK_SECONDS = 1.0
-BACKSTOP_SECONDS = {True: 120.0, False: 1200.0}
-"""After the first process that was killed (True), or that failed by itself, the others are killed: they have long ended, unless
-they are stuck, or rank 0 writes."""
+PATIENCE = {True: 300.0, False: 20.0}
+"""Seconds after which rank 0 (True) is killed when another process has failed, and the others when rank 0 has ended. They have
+ended long before, unless one is stuck; rank 0 may have much to write."""
 SHOWN_LINES = 30
 """Of what a process that failed has said, the last ones."""
 
@@ -99,20 +99,22 @@ def _take_seat(rank: int, count: int, threads: int, listener: socket.socket, sai
 def _watch(children: Mapping[int, Child], caught: set[signal.Signals]) -> dict[int, int]:
     """Forwards signals until all children have ended; their exit codes (negative: of a signal), in the order of their ends."""
     ended: dict[int, int] = {}
-    failed_at: float | None = None
+    since: dict[bool, float] = {}
     signal.setitimer(signal.ITIMER_REAL, TICK_SECONDS, TICK_SECONDS)
     while len(ended) < len(children):
         # SIGCHLD and SIGALRM only wake this loop up.
         number = signal.sigwait({*caught, signal.SIGCHLD, signal.SIGALRM})
         while len(ended) < len(children) and (found := os.waitpid(-1, os.WNOHANG))[0]:
             ended[found[0]] = os.waitstatus_to_exitcode(found[1])
-            failed_at = failed_at or (time.monotonic() if ended[found[0]] else None)
+            is_first = children[found[0]].rank == 0
+            if is_first or ended[found[0]]:
+                since.setdefault(not is_first, time.monotonic())
         living = [pid for pid in children if pid not in ended]
         if number in caught:
             _signal(living, signal.Signals(number))
-        killed = any(code < 0 for code in ended.values())
-        if failed_at is not None and time.monotonic() - failed_at > BACKSTOP_SECONDS[killed]:
-            _signal(living, signal.SIGKILL)
+        for first, start in since.items():
+            if time.monotonic() - start > PATIENCE[first]:
+                _signal([pid for pid in living if (children[pid].rank == 0) == first], signal.SIGKILL)
     signal.setitimer(signal.ITIMER_REAL, 0)
     return ended
 

@@ -34,6 +34,11 @@ class Seat:
     hosted: bool = False
 
 
+def quiet_torch() -> None:
+    """Of a store that is gone torch.distributed writes pages to stderr; to be called before torch is loaded."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def find_seat(environment: Mapping[str, str] = os.environ) -> Seat | None:
     """None where this process is alone. Raises SpecError for an environment that is not complete."""
     if "WORLD_SIZE" in environment:

@@ -63,6 +63,28 @@ def assert_same(run: Path, other: Path, rollouts: int) -> None:
     assert differing == [], f"{differing[:5]} of {len(weights)}"
 
 
+def differences(run: Path, other: Path, *, relative: float, absolute: float) -> dict[str, list[str]]:
+    """View → what differs between two runs: all that is no float, and floats that are not as close as that."""
+    one, two = stored(run), stored(other)
+    found: dict[str, list[str]] = {}
+    for view in one:
+        if len(one[view]) != len(two[view]):
+            found[view] = [f"{len(one[view])} rows, {len(two[view])} rows"]
+            continue
+        pairs = [
+            (a, b) for left, right in zip(one[view], two[view], strict=True) for a, b in zip(left, right, strict=True)
+        ]
+        apart = [f"{a} {b}" for a, b in pairs if a != b and not _are_close(a, b, relative, absolute)]
+        if apart:
+            found[view] = apart
+    return found
+
+
+def _are_close(one: Any, two: Any, relative: float, absolute: float) -> bool:
+    floats = isinstance(one, float) and isinstance(two, float)
+    return floats and abs(one - two) <= absolute + relative * max(abs(one), abs(two))
+
+
 def _is_time(column: str) -> bool:
     return column in ("run_id", "eval_id", "path", "attempt", "time", "started_at", "seconds") or column.startswith(
         "seconds_"
