@@ -15,17 +15,8 @@ from test_sweep import a_run
 
 from clipctl import load_spec
 from clipctl.errors import EngineError, Preempted, SpecError, SweepFailed
-from clipctl.slurm import (
-    STALLS,
-    SlurmRun,
-    count_stalls,
-    job_id,
-    parse_options,
-    print_script,
-    seconds_of,
-    wait_for_runs,
-    warning_seconds,
-)
+from clipctl.slurm import parse_options, print_script, seconds_of, wait_for_runs, warning_seconds
+from clipctl.slurm_job import STALLS, SlurmRun, count_stalls, job_id
 from clipctl.sweep_folder import place_members
 from clipctl.sweep_spec import expand, preset_sweep, resolve_sweep
 from clipctl.train import train
@@ -141,7 +132,7 @@ def test_a_job_that_never_gets_anywhere_is_not_requeued_for_ever(
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    monkeypatch.setattr("clipctl.slurm.run_here", lambda command: Preempted.exit_code)
+    monkeypatch.setattr("clipctl.slurm_job.run_here", lambda command: Preempted.exit_code)
     for _ in range(STALLS - 1):
         with pytest.raises(SystemExit):
             SlurmRun()(("train",), tmp_path / "run")
