@@ -33,6 +33,7 @@ CASES = [
     (2, "bfloat16", "none"),
     (3, "bfloat16", "none"),
     (2, "float32", "optimizer"),
+    (2, "bfloat16", "optimizer"),
     (3, "bfloat16", "all"),
 ]
 
@@ -93,8 +94,9 @@ def steps(trainer: Trainer, the_spec: RunSpec, count: int = 4, old: Scores | Non
 def test_steps_are_those_of_the_torch_trainer(stage: int, dtype: str, offload: str, optimizer: str) -> None:
     """Four steps with ratios that leave 1, whose gradients are cut; tied weights, unequal micro-batches.
 
-    In float32 gradients differ in the order of sums alone. In bfloat16 both add rounded gradients up in float32, and a step may
-    end on the other side of a rounding of the working copy.
+    Gradients differ in the order of sums alone: measured 1e-6 of the norm and 4e-6 nat, and nothing with ZeRO-0. In bfloat16
+    both add rounded gradients up in float32 (measured: the same), but a step may end on the other side of a rounding of the
+    working copy. ZeRO-2 with offload adds micro-batches up in bfloat16.
     """
     the_spec = deep_spec(
         stage, dtype, offload, optim={"optimizer": optimizer} | ({"lr": 0.5} if optimizer == "sgd" else {})
@@ -104,7 +106,7 @@ def test_steps_are_those_of_the_torch_trainer(stage: int, dtype: str, offload: s
     scored = ours.score(batch())
     torch.testing.assert_close(scored.logprob_T, old.logprob_T, rtol=0, atol=0)
     found, expected = steps(ours, the_spec, old=old), steps(reference, the_spec, old=old)
-    rtol, atol = (2e-5, 2e-6) if dtype == "float32" else (2e-2, 4e-3)
+    rtol, atol = (1e-5, 2e-6) if dtype == "float32" else (2e-3, 2e-4) if offload != "optimizer" else (1e-2, 1e-3)
     for mine, theirs in zip(found, expected, strict=True):
         assert theirs.grad_norm > 2 * the_spec.optim.grad_clip
         assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=rtol)
@@ -121,7 +123,7 @@ def test_steps_are_those_of_the_torch_trainer(stage: int, dtype: str, offload: s
     for name, tensor in policy(ours).items():
         moved = (reached[name] - begun[name]).abs().max()
         assert moved > 0
-        assert (tensor - reached[name]).abs().max() <= (1e-2 if dtype == "float32" else 0.2) * moved, name
+        assert (tensor - reached[name]).abs().max() <= (2e-3 if dtype == "float32" else 0.2) * moved, name
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "bfloat16"), (1, "bfloat16"), (2, "float32"), (3, "float32")])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from clipctl.errors import EngineError
 from clipctl.ranks import ALONE, Ranks
 from clipctl.rollout import Batch, Completion, Prompt, SamplingParams
 from clipctl.spec import Engine, Model, RunSpec
@@ -120,7 +121,7 @@ class Trainer(Protocol):
         ...
 
     def save_state(self, folder: Path, *, probe: bool) -> None:
-        """What a trainer that is made from `save`'s folder lacks of this one, as safetensors; probe: the kept states too."""
+        """What a trainer that is made from `save`'s folder lacks of this one, in files of its own; probe: the kept states too."""
         ...
 
     def load_state(self, folder: Path) -> None:
@@ -168,10 +169,19 @@ def open_engine(
         from clipctl.engine.vllm_setup import trainer_growth
 
         reserved = trainer_growth(spec, model_folder, ranks.size)
-        vllm = open_vllm(spec.engine, spec.model, model_folder, longest, reserved, trainer.weights, tell)
+        weights = cannot_gather if divided and ranks.size > 1 else trainer.weights
+        vllm = open_vllm(spec.engine, spec.model, model_folder, longest, reserved, weights, tell)
         return EnginePair(vllm, trainer, shared=False)
     whole = _load(model_folder, spec.model, spec.engine.device) if divided else model
     return EnginePair(TorchSampler(whole, spec.engine.sampler_rows), trainer, shared=not divided)
+
+
+def cannot_gather() -> Iterator[tuple[str, "Tensor"]]:
+    """For an engine that one rank starts again by itself: with ZeRO-3 the others would have to give their shares."""
+    raise EngineError(
+        "a vLLM engine was lost, and with engine.deepspeed.zero_stage = 3 its rank cannot gather the weights for another one "
+        "alone; run the same command again to go on from the last checkpoint"
+    )
 
 
 def open_trainer(model: Any, spec: RunSpec, ranks: Ranks) -> Trainer:

@@ -5,6 +5,7 @@ at the first use, for a minute and more, and a compilation that is killed leaves
 gloo does without. Its logger and its prints go to stdout, which is for results.
 """
 
+import atexit
 import io
 import os
 import warnings
@@ -39,8 +40,7 @@ def load_deepspeed(ranks: Ranks, device: str) -> Any:
     # What DeepSpeed calls in torch is renamed there; nobody here can do anything about that.
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     on_gpu = device == "cuda"
-    if not on_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"
     os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if on_gpu else ranks.local_rank)
     with quiet():
         import deepspeed
@@ -50,6 +50,7 @@ def load_deepspeed(ranks: Ranks, device: str) -> Any:
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+            atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
     return deepspeed
 
