@@ -1,6 +1,7 @@
 """What a sweep expands to: tables by hand, what the command line of a member means, and what is refused."""
 
 import math
+import re
 import shlex
 from itertools import product
 from pathlib import Path
@@ -226,3 +227,13 @@ def test_what_the_command_line_refuses() -> None:
 
 def test_no_sweep_is_named_like_a_preset() -> None:
     assert not set(sweep_names()) & set(preset_names())
+
+
+def test_the_sweep_file_in_readme(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = re.findall(r"\n\n((?:    base = .*\n)(?:    .*\n|\n)+)", readme)
+    file = tmp_path / "mine.toml"
+    file.write_text(re.sub(r"^    ", "", block, flags=re.MULTILINE))
+    members = swept(file_sweep(file))
+    assert [member.name for member in members[:3]] == ["symmetric-300", "no-clip-high-300", "symmetric-301"]
+    assert {member.spec.run.steps for member in members} == {20}
