@@ -1,10 +1,12 @@
 """Sweeps as arrays of Slurm jobs: a real Slurm on this machine preempts them and ends their time, and no number changes."""
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from clipctl.sweep_spec import expand, preset_sweep, resolve_sweep
 from clipctl.train import train
 from runs import assert_same
 
+pytestmark = pytest.mark.xdist_group("slurm")
 TOOLS = Path(__file__).parents[2] / "shared" / "tools"
 SPEC: dict[str, Any] = {
     "run.steps": 9, "rollout.prompts": 4, "rollout.group_size": 4, "rollout.max_response_tokens": 14,
@@ -176,7 +179,14 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     if not TOOLS.is_dir():
         pytest.skip(f"no script that starts it at {TOOLS}")
     pytest.importorskip("submitit")
-    folder = tmp_path_factory.mktemp("slurm")
+    # It has fixed ports: of two test processes the second waits.
+    with (Path(tempfile.gettempdir()) / "clipctl-tests-slurm.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield from a_slurm(tmp_path_factory.mktemp("slurm"))
+
+
+def a_slurm(folder: Path) -> Iterator[dict[str, str]]:
+    """Up, and down in the end."""
     # nproc, which the script asks for the number of cores, believes OMP_NUM_THREADS.
     plain = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     words = ["bash", str(TOOLS / "slurm_up.sh"), str(folder)]

@@ -463,6 +463,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.xdist_group("undisturbed sweep")
 def test_twelve_runs_under_random_kills(tmp_path: Path, undisturbed: Path) -> None:
     """Every few seconds a process of the sweep is killed: itself, its server, or one of its runs."""
     rng, kills, launches = random.Random(time.time_ns()), 0, 0
@@ -493,6 +495,8 @@ def test_twelve_runs_under_random_kills(tmp_path: Path, undisturbed: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.xdist_group("undisturbed sweep")
 def test_two_launches_at_once_run_each_run_once(tmp_path: Path, undisturbed: Path) -> None:
     launches = [started(tmp_path, LONGER, *GRID, "--seeds", "3", "--jobs", "2") for _ in range(2)]
     results = [ended(launch) for launch in launches]
