@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from test_store import SPEC, rollout_row, samples, tables, update_rows, write
+from test_store import SPEC, ledger_rows, rollout_row, samples, tables, update_rows, write
 
 from clipctl.analyze import analyze as answer
 from clipctl.errors import SpecError, StoreError
 from clipctl.formats import safe_text
 from clipctl.journal import create_run
-from clipctl.overview import LAST
+from clipctl.overview import LAST, OVERVIEW
+from clipctl.store import open_runs
+from clipctl.verdict import WINDOW
 
 HOSTILE = "[/INST] [bold]x[/bold] \x1b[31mred\x1b]52;c;aGk=\x07 \x9b2J \u202egnirts \x00 :smile: \\[a] \r end"
 
@@ -60,6 +62,36 @@ def test_the_overview_is_what_numpy_makes_of_the_raw_rows(runs: Path) -> None:
     assert a["clip_low_percent"] == pytest.approx(100 * sum(row["clip_low"] for row in updates) / tokens)
     assert a["clip_high_percent"] == pytest.approx(100 * sum(row["clip_high"] for row in updates) / tokens)
     assert c["entropy"] is None
+
+
+def test_the_verdict_is_made_of_the_last_rollouts(tmp_path: Path) -> None:
+    """Pulls, clips and probes of the last WINDOW rollouts alone, ε of all."""
+    rollouts = WINDOW + 3
+    writer = create_run(tmp_path, "a", SPEC, "tiny")
+    for rollout in range(rollouts):
+        write(writer, rollout)
+    writer.close("finished", "")
+    with open_runs(tmp_path) as runs:
+        (found,) = runs.table(OVERVIEW).to_pylist()
+    rows = [row for rollout in range(3, rollouts) for row in update_rows(rollout)]
+    for name in ("reward", "clip_low", "clip_high"):
+        assert found[f"pull_{name}"] == pytest.approx(sum(row[f"pg_{name}"] for row in rows), rel=1e-12)
+    assert found["clipped"] == sum(row["clip_low"] + row["clip_high"] for row in rows)
+    every = [row for rollout in range(rollouts) for row in update_rows(rollout)]
+    assert found["eps_low_from"] == min(row["eps_low"] for row in every)
+    assert found["eps_high_to"] == max(row["eps_high"] for row in every)
+    agreed = 0
+    for rollout in range(3, rollouts):
+        probes = ledger_rows("probes", rollout)
+        for step, before, after in zip(
+            probes["inner_step"], probes["entropy_before_sum"], probes["entropy_after_sum"], strict=True
+        ):
+            row = update_rows(rollout)[step]
+            agreed += np.sign(sum(row[f"pg_{part}"] for part in ("reward", "clip_low", "clip_high"))) == np.sign(
+                after - before
+            )
+    assert (int(found["probed"]), int(found["agreed"])) == (2 * WINDOW, int(agreed))
+    assert 0 < agreed < 2 * WINDOW
 
 
 def test_a_query_in_three_formats(runs: Path) -> None:
