@@ -237,7 +237,7 @@ class _Launch:
         how = {8: "stopped", 75: "interrupted", 130: "interrupted"}.get(code, f"failed (exit code {code})")
         if code < 0:
             how = f"crashed (signal {-code})"
-        return f"{how}: {_last_line(self._log(place)) or 'it said nothing'}"
+        return f"{how}: {_last_line(self._log(place)) or 'it said nothing; logs/server.txt may'}"
 
     def _log(self, place: Placed) -> Path:
         return self.folder / "logs" / f"{place.member.name}.txt"
