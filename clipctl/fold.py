@@ -97,10 +97,11 @@ def _read_store(source: "duckdb.DuckDBPyConnection", file: Path) -> set[str] | N
 
 def _read_journal(source: "duckdb.DuckDBPyConnection", folder: Path, names: list[str]) -> bool:
     """Adds the rows of the segments; False where one cannot be read."""
+    import pyarrow as pa
+
     problems: list[str] = []
     for table, parts in read_segments(folder, names, problems).items():
-        for part in parts:
-            source.register("part", part)
-            source.execute(f"insert into raw_{table} by name select * from part")
-            source.unregister("part")
+        source.register("part", pa.concat_tables(parts, promote_options="default"))
+        source.execute(f"insert into raw_{table} by name select * from part")
+        source.unregister("part")
     return not problems

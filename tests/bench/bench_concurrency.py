@@ -9,7 +9,6 @@ again, in which the runs end and are folded. At the end every rollout must be th
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -49,19 +48,18 @@ def run_writer(root: Path, name: str, pause: float) -> None:
 
 
 def run_reader(root: Path, name: str) -> None:
-    """Overviews as fast as it can until the file `readers-stop` is there; how many, and what was wrong with one."""
-    reads, wrong = 0, []
-    while not (root / "readers-stop").exists():
-        try:
-            with open_runs(root / "runs") as runs:
-                overview(runs)
-                found = runs.sql(CHECKS).fetchall()
-                if found != [(0, 0)]:
-                    wrong.append(str(found))
-        except Exception as error:  # whatever it is, it is counted
-            wrong.append(f"{type(error).__name__}: {error}")
-        reads += 1
-    (root / f"{name}.json").write_text(json.dumps({"reads": reads, "wrong": wrong}))
+    """Overviews as fast as it can until it is ended; a line for each: what was wrong with it, or nothing."""
+    with (root / f"{name}.reads").open("w", buffering=1) as log:
+        while True:
+            wrong = ""
+            try:
+                with open_runs(root / "runs") as runs:
+                    overview(runs)
+                    found = runs.sql(CHECKS).fetchall()
+                    wrong = "" if found == [(0, 0)] else str(found)
+            except Exception as error:  # whatever it is, it is counted
+                wrong = f"{type(error).__name__}: {error}"
+            log.write(" ".join(wrong.split()) + "\n")
 
 
 def run_holder(root: Path, seconds: float) -> None:
@@ -74,7 +72,6 @@ def run_holder(root: Path, seconds: float) -> None:
         time.sleep(seconds)
         taken += sum(batch.num_rows for batch in reader)
         assert taken >= 3 * before[0][0]
-        (root / "holder.json").write_text(json.dumps({"rollouts": before[0][0], "updates": taken}))
 
 
 def start(root: Path, what: str, name: str, more: float) -> subprocess.Popen[bytes]:
@@ -88,20 +85,20 @@ def measure(root: Path, options: argparse.Namespace) -> None:
         time.sleep(0.1)
     time.sleep(2)
     spans: dict[str, list[tuple[float, float]]] = {"without": [], "with": []}
-    found: list[dict[str, object]] = []
+    found: list[str] = []
     for turn in range(max(1, round(options.seconds / SPAN_SECONDS))):
         for kind in spans:
-            (root / "readers-stop").unlink(missing_ok=True)
             names = [f"reader-{turn}-{number}" for number in range(options.readers if kind == "with" else 0)]
             readers = [start(root, "reader", name, 0.0) for name in names]
             time.sleep(2)  # until they have loaded what they need
             began = time.time()
             time.sleep(SPAN_SECONDS)
             spans[kind].append((began, time.time()))
-            (root / "readers-stop").touch()
-            for reader in readers:
-                assert reader.wait() == 0
-            found += [json.loads((root / f"{name}.json").read_text()) for name in names]
+            for reader, name in zip(readers, names, strict=True):
+                assert reader.poll() is None
+                reader.terminate()
+                reader.wait()
+                found += (root / f"{name}.reads").read_text().split("\n")[:-1]
     holder = start(root, "holder", "holder", options.seconds)
     while not (root / "held").exists():
         time.sleep(0.1)
@@ -118,7 +115,7 @@ def report(
     root: Path,
     options: argparse.Namespace,
     spans: dict[str, list[tuple[float, float]]],
-    found: list[dict[str, object]],
+    found: list[str],
 ) -> None:
     lines = {file.stem: file.read_text().split("\n")[:-1] for file in root.glob("run-*.log")}
     flushes = [tuple(map(float, line.split())) for log in lines.values() for line in log if not line.startswith("fold")]
@@ -128,10 +125,10 @@ def report(
         medians[kind] = statistics.median(took)
         late = took[int(0.95 * len(took))]
         print(f"{kind}: {len(took)} flushes, median {1e3 * medians[kind]:.0f} ms, 95 % {1e3 * late:.0f} ms")
-    wrong = [text for one in found for text in list(one["wrong"])]  # type: ignore[call-overload]
+    wrong = [line for line in found if line]
     print(f"flush with readers / without: {medians['with'] / medians['without']:.2f}; while held: "
           f"{medians['held'] / medians['without']:.2f}")  # fmt: skip
-    print(f"{sum(int(str(one['reads'])) for one in found)} reads, {len(wrong)} of them wrong: {wrong[:3]}")
+    print(f"{len(found)} reads, {len(wrong)} of them wrong: {wrong[:3]}")
     folds = [float(line.split()[1]) for log in lines.values() for line in log if line.startswith("fold")]
     print(f"folds while held: {max(folds):.2f} s at most")
     written = {name: len(log) - 1 for name, log in lines.items()}
