@@ -33,7 +33,16 @@ from clipctl.findings import (
 )
 from clipctl.machine import Cores, Disk, Memory, cores, disk, memory
 from clipctl.models import cache_folder
-from clipctl.needs import need_device, need_disk, need_memory, need_model, need_rows, need_threads, needed_packages
+from clipctl.needs import (
+    need_compilers,
+    need_device,
+    need_disk,
+    need_memory,
+    need_model,
+    need_rows,
+    need_threads,
+    needed_packages,
+)
 from clipctl.spec import RunSpec
 
 SCHEMA_VERSION = 1
@@ -63,6 +72,8 @@ def examine(spec: RunSpec | None, runs_dir: Path) -> list[Finding]:
     have, processors, places = memory(), cores(), disk_places(runs_dir)
     found = [*machine_findings(probes, have, processors, places, load, needed_packages(spec) if spec else CORE)]
     if spec is not None:
+        compilers = need_compilers(spec, next(finding for finding in found if finding.name == "compilers"))
+        found += [] if compilers is None else [compilers]
         found += [
             need_device(spec, probes["cuda"]),
             need_threads(spec, processors),

@@ -38,6 +38,17 @@ def need_device(spec: RunSpec, cuda: Probe) -> Finding:
     return Finding("device", "missing", "engine.device = 'cuda', and torch can use no GPU here", fix)
 
 
+def need_compilers(spec: RunSpec, found: Finding) -> Finding | None:
+    """What the engines build with on a GPU when they are first used. found: of `compiler_finding`."""
+    uses = {"cc": spec.engine.sampler == "vllm", "python_headers": spec.engine.sampler == "vllm",
+            "c++": spec.engine.trainer == "deepspeed", "ninja": spec.engine.trainer == "deepspeed"}  # fmt: skip
+    lacking = [name.replace("_", " ") for name, used in uses.items() if used and not found.facts[name]]
+    if spec.engine.device == "cpu" or not lacking:
+        return None
+    text = f"{', '.join(lacking)} not there, with which the engines build kernels when they start"
+    return Finding("compilers of engines", "warning", text, "apt-get install build-essential python3-dev ninja-build")
+
+
 def need_threads(spec: RunSpec, cores: Cores) -> Finding:
     threads = spec.engine.threads
     text = f"engine.threads = {threads} on {cores.usable:g} cores"

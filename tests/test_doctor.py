@@ -33,6 +33,7 @@ from clipctl.findings import (
 )
 from clipctl.machine import Cores, Disk, Memory
 from clipctl.needs import (
+    need_compilers,
     need_device,
     need_disk,
     need_memory,
@@ -245,9 +246,26 @@ def test_compilers_that_are_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "not there: c++, nvcc, ninja" in found.text
 
 
+def test_engines_that_build_kernels_need_compilers() -> None:
+    none = Finding("compilers", "note", "", facts={"cc": None, "python_headers": True, "c++": None, "ninja": None})
+    both = {
+        "engine__device": "cuda",
+        "engine__sampler": "vllm",
+        "engine__trainer": "deepspeed",
+        "ledger__network_every": 0,
+    }
+    found = need_compilers(spec(**both), none)
+    assert found is not None
+    assert (found.status, found.text[:18]) == ("warning", "cc, c++, ninja not")
+    assert need_compilers(spec(**(both | {"engine__device": "cpu"})), none) is None
+    assert need_compilers(spec(engine__device="cuda"), none) is None
+
+
 def test_what_an_engine_and_a_grader_need() -> None:
     assert needed_packages(spec()) == ["torch", "transformers"]
     assert needed_packages(spec("qwen7b-dapo")) == list(CORE)
+    engines = spec(engine__sampler="vllm", engine__trainer="deepspeed", ledger__network_every=0)
+    assert needed_packages(engines)[2:] == ["vllm", "deepspeed"]
     assert needed_packages(spec("tiny", eval__every=1, eval__benchmarks=["math500"])) == list(CORE)
     assert needed_packages(spec("tiny", eval__benchmarks=["math500"])) == ["torch", "transformers"]
 

@@ -39,7 +39,13 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name: the package that it needs, and what of a spec chooses it."""
 SMOLLM2 = {"engine.sampler_rows": 1024, "engine.tokens_per_microbatch": 32768, "rollout.max_response_tokens": 256}
-SMOLLM2_SMALL = {"engine.sampler_rows": 64, "rollout.max_response_tokens": 8}
+SMOLLM2_SMALL = {
+    "rollout.prompts": 2,
+    "rollout.group_size": 4,
+    "optim.responses_per_update": 4,
+    "engine.sampler_rows": 8,
+    "rollout.max_response_tokens": 8,
+}
 TINY = {"engine.sampler_rows": 4096, "engine.tokens_per_microbatch": 65536}
 FIXED_SECONDS = {False: 130, True: 25}
 """What all but the runs takes, about, in full and small."""
