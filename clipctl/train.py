@@ -218,7 +218,7 @@ def train(
                 if spec.engine.trainer == "deepspeed" and ranks.rank == 0:
                     with writer.disk():
                         write_whole(writer.folder / CONFIG_FILE, json.dumps(deepspeed_config(spec), indent=2).encode())
-                tell_loss = partial(tell_of_engine, writer, warn)
+                tell_loss = partial(tell_of_engine, ranks, writer, warn)
                 longest = longest_text(spec, data, evaluation, tokenizer)
                 engine = open_engine(spec, (earlier and earlier.checkpoint) or folder, longest, tell_loss, ranks)
                 stack.callback(engine.sampler.close)
@@ -787,10 +787,13 @@ def stopping_alarm(spec: RunSpec, history: Sequence[RolloutFacts], alarms: Mappi
     )
 
 
-def tell_of_engine(writer: Writer, warn: Callable[[str], None], message: str) -> None:
-    """An event, and a line, of an engine that is started again."""
+def tell_of_engine(ranks: Ranks, writer: Writer, warn: Callable[[str], None], message: str) -> None:
+    """A line of an engine that is started again, and an event where it is that of rank 0, which alone writes."""
     writer.event("engine_lost", message)
-    warn(message)
+    if ranks.rank == 0:
+        warn(message)
+    else:
+        print_warning(f"rank {ranks.rank}: {message}")
 
 
 def tell(job: Job, kind: str, message: str, rollout: int, data: dict[str, Any]) -> None:
@@ -843,7 +846,9 @@ def begin(job: Job, earlier: Earlier | None) -> tuple[RunState, OpenRollout | No
             job.warn(f"{job.writer.folder.name} has no checkpoint yet: it begins again")
         note_choices(job)
         seed_rng(job.spec.run.seed + job.ranks.rank)
-        check_agreement(job.engine, 0, job.probe, job.ranks)
+        # An engine may take minutes to start; what ranks do together one of them cannot leave.
+        with job.stop.interruptible() if job.ranks.size == 1 else nullcontext():
+            check_agreement(job.engine, 0, job.probe, job.ranks)
         return RunState(rng_state()), None
     assert earlier.place is not None
     saved = SavedState(earlier.checkpoint / STATE)

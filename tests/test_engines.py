@@ -20,6 +20,7 @@ from clipctl.spec import load_spec
 PAIRS = [("torch", "torch"), ("vllm", "torch"), ("torch", "deepspeed"), ("vllm", "deepspeed")]
 NATS = 1e-4
 TINY = find_model("tiny", pull=False)
+VOCABULARY = 109
 TOKENIZER = load_tokenizer(TINY, None)
 STOPS = stop_ids(TINY, TOKENIZER)
 TEMPERATURE, LENGTH = 0.8, 12
@@ -148,6 +149,21 @@ def test_a_step_of_the_trainer_reaches_the_sampler(pair: EnginePair) -> None:
     push_weights(pair, 2, probe)
     assert max(disagreements(pair, probe)) < NATS
     assert apart(pair, asked, sampled(pair, asked)) < NATS
+
+
+def test_first_tokens_follow_the_policy(pair: EnginePair) -> None:
+    """Chi-square over the first token of 2000 samples, against the trainer's probability of every token of the vocabulary."""
+    n, (prompt, *_) = 2000, prompts(rollout=7)
+    (group,) = sampled(pair, [prompt], n, SamplingParams(1, TEMPERATURE, 1.0, STOPS))
+    every = [[Completion([token], [0.0], "length") for token in range(VOCABULARY)]]
+    expected = n * np.exp(scored(pair, [prompt], every))
+    assert expected.sum() == pytest.approx(n, rel=1e-4)
+    counts = np.bincount([completion.token_ids[0] for completion in group], minlength=VOCABULARY)
+    large = expected >= 5
+    seen, wanted = [*counts[large], counts[~large].sum()], [*expected[large], expected[~large].sum()]
+    statistic = sum((a - b) ** 2 / b for a, b in zip(seen, wanted, strict=True))
+    assert len(seen) > 5
+    assert statistic < len(seen) - 1 + 5 * np.sqrt(2 * (len(seen) - 1))
 
 
 def test_greedy_and_nucleus(pair: EnginePair) -> None:

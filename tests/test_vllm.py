@@ -82,6 +82,14 @@ def mentions(process: psutil.Process, folder: Path) -> bool:
     return str(folder) in environment.get("TMPDIR", "") and process.status() != psutil.STATUS_ZOMBIE
 
 
+def wait_for(condition: Callable[[], bool]) -> None:
+    """At most a minute."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def engine_of(process: "subprocess.Popen[str]") -> int:
     """The number of its engine's process, once it is there."""
     for _ in range(600):
@@ -156,12 +164,46 @@ class TestRuns:
         # Batches of other sizes round differently, in the sixth digit; draws and prompts are the same.
         np.testing.assert_allclose(rows(tmp_path / "runs", SERIES), undisturbed["series"], rtol=0.02)
 
-    def test_the_engine_ends_with_a_killed_clipctl(self, start: Callable[..., Any], tmp_path: Path) -> None:
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+    def test_an_engine_that_starts_ends_with_clipctl(
+        self, start: Callable[..., Any], tmp_path: Path, number: signal.Signals
+    ) -> None:
         process = start()
         engine = engine_of(process)
+        if number == signal.SIGINT:
+            wait_for(lambda: (tmp_path / "runs" / "a" / "log.txt").exists())
         assert psutil.pid_exists(engine)
-        process.kill()
-        process.wait()
+        process.send_signal(number)
+        process.communicate(timeout=60)
+        assert process.returncode == (130 if number == signal.SIGINT else -9)
+        assert left_of(tmp_path) == []
+
+    def test_two_processes_have_an_engine_each(self, tmp_path: Path) -> None:
+        changes = [f"--set={key}={value}" for key, value in SPEC.items() if not key.startswith("run.")]
+        command = [
+            "train",
+            "--preset",
+            "tiny",
+            "--steps",
+            "2",
+            "--name",
+            "a",
+            "--nproc",
+            "2",
+            "--runs-dir",
+            str(tmp_path / "runs"),
+        ]
+        done = subprocess.run(
+            [sys.executable, "-m", "clipctl", *command, "--runs-dir", str(tmp_path / "runs"), *changes],
+            capture_output=True,
+            text=True,
+            timeout=250,
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+        )
+        assert done.returncode == 0, done.stderr
+        ((worst, responses),) = rows(tmp_path / "runs", "select max(mismatch_max), max(responses) from rollouts")
+        assert worst < 1e-4
+        assert responses == 64
         assert left_of(tmp_path) == []
 
 

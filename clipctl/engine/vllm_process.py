@@ -33,8 +33,11 @@ NOT_FOR_THE_ENGINE = (
     "GROUP_RANK",
     "MASTER_ADDR",
     "MASTER_PORT",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF",
 )
-"""What launchers tell the trainer's processes; vLLM would take itself for one of them."""
+"""What launchers tell the trainer's processes, so that vLLM would take itself for one of them, and how the trainer's memory is
+allocated, since vLLM cannot sleep with some of that."""
 BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
     "from clipctl.engine.vllm_server import serve; serve(*map(int, sys.argv[2:]))"
