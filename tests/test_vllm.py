@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def left_of(folder: Path) -> list[psutil.Process]:
     """What still runs of the scripts whose temporary files lie in the folder, after 10 s."""
     deadline = time.monotonic() + 10
     while True:
-        left = [process for process in psutil.process_iter(["environ"]) if mentions(process, folder)]
+        left = [process for process in psutil.process_iter(["environ", "status"]) if mentions(process, folder)]
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(0.2)
@@ -79,7 +80,11 @@ def left_of(folder: Path) -> list[psutil.Process]:
 
 def mentions(process: psutil.Process, folder: Path) -> bool:
     environment = process.info["environ"] or {}
-    return str(folder) in environment.get("TMPDIR", "") and process.status() != psutil.STATUS_ZOMBIE
+    return (
+        str(folder) in environment.get("TMPDIR", "")
+        and process.is_running()
+        and process.status() != psutil.STATUS_ZOMBIE
+    )
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -94,8 +99,9 @@ def engine_of(process: "subprocess.Popen[str]") -> int:
     """The number of its engine's process, once it is there."""
     for _ in range(600):
         for child in psutil.Process(process.pid).children():
-            if any("vllm_server" in word for word in child.cmdline()):
-                return child.pid
+            with suppress(psutil.Error):
+                if any("vllm_server" in word for word in child.cmdline()):
+                    return child.pid
         time.sleep(0.1)
     raise AssertionError("no engine was started")
 

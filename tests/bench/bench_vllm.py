@@ -10,19 +10,19 @@ from time import perf_counter
 import torch
 
 from clipctl.engine import Sampler, open_engine
-from clipctl.models import find_model, model_shape
+from clipctl.models import find_model
 from clipctl.rollout import DrawKey, Prompt, SamplingParams
 from clipctl.spec import load_spec
 
 
-def rollout(sampler: Sampler, args: argparse.Namespace, rare: int, turn: int) -> tuple[int, float]:
-    """Response tokens and seconds of one rollout; a response ends early with a token that is next to never drawn."""
+def rollout(sampler: Sampler, args: argparse.Namespace, turn: int) -> tuple[int, float]:
+    """Response tokens and seconds of one rollout. Token 0 ends a response, which the models here next to never draw."""
     prompts = [
         Prompt([5 + (7 * at + 3 * token) % 90 for token in range(args.prompt_tokens)], DrawKey(0, turn, at))
         for at in range(args.prompts)
     ]
     started = perf_counter()
-    groups = list(sampler.sample(prompts, args.group, SamplingParams(args.tokens, 1.0, 1.0, frozenset({rare}))))
+    groups = list(sampler.sample(prompts, args.group, SamplingParams(args.tokens, 1.0, 1.0, frozenset({0}))))
     seconds = perf_counter() - started
     return sum(len(completion.token_ids) for _, group in groups for completion in group), seconds
 
@@ -38,8 +38,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--turns", type=int, default=5)
     args = parser.parse_args()
-    folder, shape = find_model(args.model, pull=True), model_shape(args.model)
-    assert shape is not None
+    folder = find_model(args.model, pull=True)
     changes = {"model.path": args.model, "model.dtype": args.dtype, "engine.sampler_rows": args.rows}
     pairs = {
         name: open_engine(
@@ -50,7 +49,7 @@ def main() -> None:
     speeds: dict[str, list[float]] = {name: [] for name in pairs}
     for turn in range(args.turns + 1):
         for name, pair in pairs.items():
-            tokens, seconds = rollout(pair.sampler, args, shape.vocabulary - 1, turn)
+            tokens, seconds = rollout(pair.sampler, args, turn)
             print(f"{turn or '(warm-up)'}  {name:6} {tokens} tokens  {tokens / seconds:.0f} tokens/s")
             if turn:
                 speeds[name].append(tokens / seconds)
