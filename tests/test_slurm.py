@@ -24,7 +24,7 @@ from clipctl.sweep_spec import expand, preset_sweep, resolve_sweep
 from clipctl.train import train
 from runs import assert_same
 
-pytestmark = pytest.mark.xdist_group("slurm")
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.timeout(1800)]
 TOOLS = Path(__file__).parents[2] / "shared" / "tools"
 SPEC: dict[str, Any] = {
     "run.steps": 9, "rollout.prompts": 4, "rollout.group_size": 4, "rollout.max_response_tokens": 14,
@@ -218,7 +218,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clipctl(slurm: dict[str, str], folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "clipctl", "sweep", "--preset", "tiny", "--name", "s", "--launcher", "slurm", *arguments],
-        cwd=folder, env=slurm, capture_output=True, text=True, timeout=500, check=False,
+        cwd=folder, env=slurm, capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def queue(slurm: dict[str, str]) -> list[str]:
     return asked.stdout.splitlines()
 
 
-def wait_until(done: Any, seconds: float = 200) -> None:
+def wait_until(done: Any, seconds: float = 600) -> None:
     until = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < until, "it never comes"
