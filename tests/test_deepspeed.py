@@ -1,6 +1,7 @@
 """The DeepSpeed trainer against the torch trainer: the same steps from the same responses, alone and as two processes."""
 
 import json
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,18 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path: Path) 
     (tmp_path / "ranks").write_text("2")
     with pytest.raises(SpecError, match=r"the checkpoint is one of 2 processes and these are 1: .*; start 2"):
         ours.load_state(tmp_path)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_full_disk_is_an_error_of_the_disk(stage: int, tmp_path: Path) -> None:
+    ours = deep(deep_spec(stage))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"could not write|too large"):
+            ours.save_state(tmp_path, probe=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_weights_are_gathered_and_written_by_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

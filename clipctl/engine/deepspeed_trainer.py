@@ -107,9 +107,10 @@ class DeepSpeedTrainer:
         # Before the first backward pass: DeepSpeed takes a forward pass after the last one for that of the next step.
         seen = None if measure == "sums" or self.probe is None else self.probe.compare(loss)
         tokens = update_tokens(batch, rows, old, spec, self.device)
-        dropped = update_tokens(batch, rows, old, spec, self.device)
         parts = layout(batch, rows, spec.engine.tokens_per_microbatch, self.ranks)
         passes = with_gradient(my_passes(batch, parts, self.ranks, together=True))
+        all_count = all(mine.counts for mine in passes)
+        dropped = tokens if all_count else update_tokens(batch, rows, old, spec, self.device)
         last = max(at for at, mine in enumerate(passes) if mine.live)
         losses = torch.zeros(len(parts), device=self.device)
         for master in self.masters:
@@ -175,8 +176,8 @@ class DeepSpeedTrainer:
                 pass
 
     def save_state(self, folder: Path, *, probe: bool) -> None:
-        """DeepSpeed's own files, of each rank what it holds, and the probe's log-probabilities."""
-        with quiet(), self.ranks.together():
+        """DeepSpeed's own files, of each rank what it holds, and the probe's log-probabilities. Raises OSError."""
+        with quiet(), self.ranks.together(), disk_errors():
             self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
         if self.ranks.rank == 0:
             (folder / "ranks").write_text(str(self.ranks.size))
@@ -241,6 +242,17 @@ def named_keys() -> Iterator[None]:
         raise SpecError(
             f"engine.deepspeed.config: DeepSpeed does not take {key} = {problem['input']!r} in {error.title}: {problem['msg']}"
         ) from None
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """torch.save tells of a full disk by a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "iostream")):
+            raise
+        raise OSError(f"torch.save could not write: {str(error).splitlines()[0]}") from None
 
 
 def with_gradient(passes: list[Pass]) -> list[Pass]:
