@@ -42,3 +42,21 @@ def test_tiny_trains_on_cuda(tmp_path: Path, dtype: str) -> None:
     assert np.mean(reward[-5:]) > np.mean(reward[:5]) + 0.1
     assert max(noise) < 1e-4
     assert max(mismatch) < (1e-3 if dtype == "float32" else 0.2)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize(("stage", "offload"), [(0, "none"), (1, "none"), (2, "none"), (2, "optimizer"), (3, "all")])
+def test_deepspeed_takes_the_steps_of_the_torch_trainer_on_cuda(tmp_path: Path, stage: int, offload: str) -> None:
+    pytest.importorskip("deepspeed")
+    common = {"engine.device": "cuda", "model.dtype": "bfloat16", "run.steps": 1, "ledger.network_every": 0}
+    deep = {
+        "engine.trainer": "deepspeed",
+        "engine.deepspeed.zero_stage": stage,
+        "engine.deepspeed.offload": offload,
+    }
+    query = "select loss, grad_norm, pg_reward from updates where inner_step < 4 order by inner_step"
+    found = []
+    for changes in ({}, deep):
+        with open_runs(train(load_spec("tiny", common | changes), runs_dir=tmp_path)) as runs:
+            found.append(np.array(runs.sql(query).fetchall()))
+    np.testing.assert_allclose(found[1], found[0], rtol=5e-2, atol=1e-4)
