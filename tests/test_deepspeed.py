@@ -19,6 +19,7 @@ from clipctl.engine.deepspeed_config import deepspeed_config
 from clipctl.engine.torch_trainer import TorchTrainer
 from clipctl.errors import DependencyError, DivergedError, SpecError
 from clipctl.loss import UpdateTokens
+from clipctl.rollout import Batch
 from clipctl.spec import RunSpec, load_spec, spec_from_json, spec_json
 from clipctl.training_state import MASTERS, MOMENTS, checkpoint_bytes_per_weight, training_state
 
@@ -211,6 +212,31 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path: Path) 
     (tmp_path / "ranks").write_text("2")
     with pytest.raises(SpecError, match=r"the checkpoint is one of 2 processes and these are 1: .*; start 2"):
         ours.load_state(tmp_path)
+
+
+def test_with_zero_3_the_sampler_has_a_copy_that_follows() -> None:
+    """Until it gets the weights of a step it has those before it."""
+    from clipctl.engine import open_engine
+    from clipctl.engine.agreement import disagreements, make_probe, push_weights
+    from clipctl.models import find_model
+
+    changes = {
+        "engine.trainer": "deepspeed",
+        "engine.deepspeed.zero_stage": 3,
+        "ledger.network_every": 0,
+        "optim.lr": 1e-2,
+    }
+    the_spec, rng = load_spec("tiny", changes), np.random.default_rng(0)
+    pair = open_engine(the_spec, find_model("tiny", pull=False), 64, print)
+    assert not pair.shared
+    probe = make_probe(the_spec, list(range(5, 40)), frozenset({2}))
+    assert max(disagreements(pair, probe)) < 1e-4
+    tokens = rng.integers(5, 100, (8, 12)).tolist()
+    asked = Batch([[5, 6, 7]] * 8, tokens, np.tile([1.0, -1.0], 4), 8)
+    pair.trainer.step(asked, range(8), pair.trainer.score(asked), spec_loss(the_spec))
+    assert max(disagreements(pair, probe)) > 1e-2
+    push_weights(pair, 1, probe)
+    assert max(disagreements(pair, probe)) < 1e-4
 
 
 @pytest.mark.parametrize("stage", [0, 2])
