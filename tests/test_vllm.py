@@ -80,11 +80,7 @@ def left_of(folder: Path) -> list[psutil.Process]:
 
 def mentions(process: psutil.Process, folder: Path) -> bool:
     environment = process.info["environ"] or {}
-    return (
-        str(folder) in environment.get("TMPDIR", "")
-        and process.is_running()
-        and process.status() != psutil.STATUS_ZOMBIE
-    )
+    return str(folder) in environment.get("TMPDIR", "") and process.info["status"] != psutil.STATUS_ZOMBIE
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
