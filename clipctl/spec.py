@@ -280,11 +280,9 @@ class DeepSpeed(Group):
         return self
 
 
-DEEPSPEED_PASSED = (
-    "zero_optimization", "communication_data_type", "comms_logger", "wall_clock_breakdown", "memory_breakdown",
-    "flops_profiler", "aio", "timers", "checkpoint",
-)  # fmt: skip
-"""Groups of DeepSpeed's configuration that a spec may set; it ignores those that it does not know."""
+DEEPSPEED_PASSED = ("zero_optimization", "communication_data_type", "aio", "checkpoint")
+"""Groups of DeepSpeed's configuration that a spec may set. It would ignore those that it does not know, and those that make
+it print would print between results."""
 DEEPSPEED_RULED = {
     "train_batch_size": "optim.responses_per_update",
     "train_micro_batch_size_per_gpu": "engine.tokens_per_microbatch",

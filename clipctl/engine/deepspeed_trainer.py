@@ -105,7 +105,8 @@ class DeepSpeedTrainer:
         gradient."""
         spec = self.spec
         # Before the first backward pass: DeepSpeed takes a forward pass after the last one for that of the next step.
-        seen = None if measure == "sums" or self.probe is None else self.probe.compare(loss)
+        assert measure == "sums" or self.probe is not None
+        seen = self.probe.compare(loss) if self.probe is not None and measure != "sums" else None
         tokens = update_tokens(batch, rows, old, spec, self.device)
         parts = layout(batch, rows, spec.engine.tokens_per_microbatch, self.ranks)
         passes = with_gradient(my_passes(batch, parts, self.ranks, together=True))
