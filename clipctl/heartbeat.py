@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,10 @@ LOST_SECONDS = 40.0
 """Without a beat after which a process counts as lost."""
 PATIENCE = 2.0
 """Seconds in which a process whose peer failed may find out by itself, as all do when an update is not finite."""
+LINGER_SECONDS = 20.0
+"""How long rank 0 waits at its end for the others, who read from its store why; and a process that is stuck, for rank 0."""
+WRITING_SECONDS = 600.0
+"""How long the others wait for rank 0 to write the end of a run that failed or was interrupted."""
 STUCK_SECONDS = 2.0
 """In a collective operation after which a process that must end is ended; elsewhere it has LOST_SECONDS."""
 
@@ -70,16 +74,24 @@ class Heartbeat:
             return False
         return True
 
-    def leave(self, seconds: float) -> None:
-        """Ends the watch. Rank 0, whose store the others need, waits so long at most for those that live to leave as well."""
+    def leave(self, *, failed: bool) -> None:
+        """Ends the watch. Rank 0, whose store the others need, waits until those that live have left. After a failure the others
+        wait for rank 0, which writes: whoever started them kills all when the first one fails (`srun --kill-on-bad-exit`)."""
         self.working = False
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join()
+        if failed or self.seat.rank == 0:
+            self._leave(LINGER_SECONDS if self.seat.rank == 0 else WRITING_SECONDS)
+        else:
+            self._leave(0.0)
+
+    def _leave(self, seconds: float) -> None:
         with suppress(RuntimeError):
             self._tell(left=True)
             end = time.monotonic() + seconds
-            while self.seat.rank == 0 and time.monotonic() < end and not self._all_left():
+            awaited = [0] if self.seat.rank else range(1, self.seat.size)
+            while time.monotonic() < end and not self._have_left(awaited):
                 time.sleep(0.05)
 
     def cause(self, error: RuntimeError) -> ClipctlError:
@@ -110,8 +122,13 @@ class Heartbeat:
         found = self.store.multi_get([f"beat/{rank}" for rank in ranks])
         return {rank: beat.decode() for rank, beat in zip(ranks, found, strict=True)}
 
-    def _all_left(self) -> bool:
-        return all(json.loads(beat)["left"] or rank in self.lost for rank, beat in self._others().items())
+    def _have_left(self, awaited: Iterable[int]) -> bool:
+        beats = {rank: json.loads(beat) for rank, beat in self._others().items()}
+        return all(beats[rank]["left"] or rank in self.lost or self._is_gone(beats[rank]) for rank in awaited)
+
+    def _is_gone(self, beat: dict[str, Any]) -> bool:
+        """Whether a process of this machine has ended."""
+        return bool(beat["space"] == self._me["space"] and _has_ended(beat["pid"]))
 
     def _look(self) -> ClipctlError | None:
         """What the others told. A request to stop becomes one of this process."""
@@ -128,7 +145,7 @@ class Heartbeat:
                 continue
             if beat["stop"]:
                 self.stop.ask(*beat["stop"])
-            gone = beat["space"] == self._me["space"] and _is_gone(beat["pid"])
+            gone = self._is_gone(beat)
             if gone or now - self._seen[rank][1] > LOST_SECONDS:
                 self.lost.add(rank)
                 why = "is gone: it was killed, or crashed" if gone else f"has said nothing for {LOST_SECONDS:.0f} s"
@@ -166,8 +183,7 @@ class Heartbeat:
         if self.working:
             with suppress(ClipctlError):
                 self.on_end(failure)
-            with suppress(RuntimeError):
-                self._tell(left=True)
+            self._leave(LINGER_SECONDS)
             if not failure.told:
                 print(f"clipctl: {failure}", file=sys.stderr, flush=True)
             os._exit(failure.exit_code)
@@ -188,7 +204,7 @@ def _process_space() -> str:
         return f"{socket.gethostname()} {os.getpid()}"
 
 
-def _is_gone(pid: int) -> bool:
+def _has_ended(pid: int) -> bool:
     import psutil
 
     try:

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from clipctl.errors import ClipctlError, Interrupted, Preempted
@@ -75,7 +75,7 @@ class StopRequests:
         """Asks to stop `margin` seconds before the job ends (`end`: seconds since 1970), or, where so little is left, after
         half of what is left: a job that stopped at once would never get anywhere."""
         left = end - time.time()
-        self._ring_after(max(left - min(margin, left / 2), 0.0), "the job's time is nearly over")
+        self._after(max(left - min(margin, left / 2), 0.0), lambda: self.ask("the job's time is nearly over", False))
 
     def error(self, what: str) -> ClipctlError:
         """The error that ends the command: 130 for Ctrl-C, 75 for what a scheduler asks for. what: became of the run."""
@@ -109,7 +109,8 @@ class StopRequests:
         """A request without a signal, where there is none yet: that of another process of the run."""
         if not self.reason:
             self.reason, self.by_hand = reason, by_hand
-            self._ring_after(self.grace, "the grace time is over")
+            self._last = time.monotonic()
+            self._after(self.grace, lambda: self._ring("the grace time is over"))
 
     def ask(self, reason: str, by_hand: bool) -> None:
         """The same from another thread, as a signal would: it ends what is interruptible."""
@@ -126,6 +127,12 @@ class StopRequests:
                 self._failed = True
                 _signal_main_thread()
 
+    def decided(self) -> None:
+        """How the process ends is decided, and no further signal changes it."""
+        if self._caught:
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+
     def close(self) -> None:
         """No timer rings any more."""
         with self._lock:
@@ -133,8 +140,8 @@ class StopRequests:
             for timer in self._timers:
                 timer.cancel()
 
-    def _ring_after(self, seconds: float, why: str) -> None:
-        timer = threading.Timer(seconds, self._ring, [why])
+    def _after(self, seconds: float, act: Callable[[], None]) -> None:
+        timer = threading.Timer(seconds, act)
         timer.daemon = True
         self._timers.append(timer)
         timer.start()

@@ -31,8 +31,6 @@ SLICE_SECONDS = 10.0
 CONTROL_TIMEOUT = timedelta(days=2)
 """Of a control operation: ranks may sample for very different times, and the dead are noticed otherwise."""
 TENSOR_TIMEOUT = timedelta(minutes=30)
-LINGER_SECONDS = 20.0
-"""How long rank 0 waits at its end for the others, who read from its store why."""
 
 
 @dataclass(frozen=True)
@@ -198,11 +196,12 @@ def joined(stop: StopRequests, *, on_gpu: bool) -> Iterator[Ranks]:
         heard = heartbeat.announce(error)
         if not (isinstance(error, ClipctlError) and error is heartbeat.failure):
             error.told = heard and seat.rank != 0  # type: ignore[attr-defined]
-        heartbeat.leave(LINGER_SECONDS)
+        stop.decided()
+        heartbeat.leave(failed=True)
         if error is found:
             raise
         raise error from None
-    heartbeat.leave(LINGER_SECONDS)
+    heartbeat.leave(failed=False)
     dist.destroy_process_group()
 
 

@@ -173,6 +173,22 @@ def test_another_process_asks_and_fails_for_this_one() -> None:
     StopRequests().fail(failure)
 
 
+def test_one_request_that_comes_in_several_ways_is_one() -> None:
+    """A scheduler signals every process, the launcher hands its own on, others ask, and the job's end nears for all of them."""
+    with catch_signals() as stop:
+        stop.echo = 2.0
+        stop.take("SIGUSR1", False)
+        signal.raise_signal(signal.SIGUSR1)
+        stop.ask("SIGUSR1", False)
+        stop.end_with_job(time.time() + 0.1, 120)
+        time.sleep(0.5)
+        assert (stop.reason, stop.at_once) == ("SIGUSR1", False)
+        stop.decided()
+        stop.echo = 0.0
+        signal.raise_signal(signal.SIGTERM)
+        assert not stop.at_once
+
+
 # --- the same run, whatever the number of processes -------------------------------------------------------------------
 
 SMALL = [
