@@ -116,7 +116,7 @@ def run(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     # What a run would load is loaded before the forks.
-    open_engine(load_spec("tiny"), find_model("tiny", pull=False))
+    open_engine(load_spec("tiny"), find_model("tiny", pull=False), 96, print)
     load_tokenizer(find_model("tiny", pull=False), None)
     pyarrow.array([1.0])
     for case in json.load(sys.stdin):
