@@ -299,7 +299,8 @@ def closing_run(spec: RunSpec, writer: Writer, stop: StopRequests, *, named: boo
     except KeyboardInterrupt:
         how = "the same command" if named else f"the same command and --name {writer.folder.name}"
         error = stop.error(f"{writer.folder} keeps what was measured; {how} goes on from {writer.saved}")
-        writer.close("interrupted" if stop.failure is None else "failed", str(error))
+        of_another = "diverged" if isinstance(stop.failure, DivergedError) else "failed"
+        writer.close("interrupted" if stop.failure is None else of_another, str(error))
         raise error from None
     except DivergedError as error:
         writer.close("diverged", str(error))
