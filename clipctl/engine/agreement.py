@@ -19,7 +19,7 @@ PROBE_KEY = DrawKey(0, -(2**40), 0)
 """Of no rollout and no evaluation."""
 SAMPLES, TOKENS = 4, 16
 TOLERANCE = {"float32": 0.001, "bfloat16": 0.1}
-"""Nats; measured on the embedded model in float32 6e-7, on SmolLM2 in bfloat16 0.05."""
+"""Nats; measured on the embedded model in float32 6e-7, on SmolLM2 in bfloat16 0.03."""
 
 
 @dataclass(frozen=True, slots=True)
