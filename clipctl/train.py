@@ -38,7 +38,7 @@ from clipctl.engine import EnginePair, Measure, Scores, UpdateResult, check_samp
 from clipctl.engine.agreement import Probe, check_agreement, make_probe, push_weights
 from clipctl.engine.deepspeed_config import CONFIG_FILE, deepspeed_config
 from clipctl.engine.deepspeed_setup import check_deepspeed
-from clipctl.errors import AlarmStop, DataError, DivergedError, EngineError, SpecError, StoreError
+from clipctl.errors import AlarmStop, ClipctlError, DataError, DivergedError, EngineError, SpecError, StoreError
 from clipctl.eval_cache import model_hash
 from clipctl.evaluate import (
     Evaluator,
@@ -211,7 +211,7 @@ def train(
         writer = open_writer(ranks, Path(runs_dir), name, spec, label, earlier)
         with ExitStack() as closing:
             closing.enter_context(closing_run(spec, writer, stop, named=spec.run.name is not None))
-            closing.enter_context(ranks.at_work(lambda failure: writer.close("failed", str(failure))))
+            closing.enter_context(ranks.at_work(lambda failure: writer.close(state_after(failure), str(failure))))
             with stop.interruptible():
                 # Grading processes start before torch has threads or a CUDA context to be copied.
                 scorer = stack.enter_context(open_scorer(spec.reward, grader, spec.run.seed))
@@ -291,6 +291,11 @@ def is_seen(folder: Path) -> bool:
     return folder.is_dir()
 
 
+def state_after(failure: ClipctlError) -> str:
+    """Of a run that another of its processes ended."""
+    return "diverged" if isinstance(failure, DivergedError) else "failed"
+
+
 @contextmanager
 def closing_run(spec: RunSpec, writer: Writer, stop: StopRequests, *, named: bool) -> Iterator[None]:
     """Ends the attempt with the state that the block's end means."""
@@ -299,8 +304,7 @@ def closing_run(spec: RunSpec, writer: Writer, stop: StopRequests, *, named: boo
     except KeyboardInterrupt:
         how = "the same command" if named else f"the same command and --name {writer.folder.name}"
         error = stop.error(f"{writer.folder} keeps what was measured; {how} goes on from {writer.saved}")
-        of_another = "diverged" if isinstance(stop.failure, DivergedError) else "failed"
-        writer.close("interrupted" if stop.failure is None else of_another, str(error))
+        writer.close("interrupted" if stop.failure is None else state_after(stop.failure), str(error))
         raise error from None
     except DivergedError as error:
         writer.close("diverged", str(error))
