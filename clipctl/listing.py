@@ -10,7 +10,7 @@ RUNS = {
     "run_id": "varchar", "name": "varchar", "state": "varchar", "created_at": "timestamp", "finished_at": "timestamp",
     "spec": "json", "git_commit": "varchar", "version": "varchar", "host": "varchar", "preset": "varchar",
     "model": "varchar", "eps_low": "double", "eps_high": "double", "seed": "bigint", "attempt": "integer",
-    "message": "varchar", "path": "varchar", "problem": "varchar", "copy_of": "varchar",
+    "message": "varchar", "path": "varchar", "problem": "varchar", "copy_of": "varchar", "committed": "bigint",
 }  # fmt: skip
 EVALUATION_FOLDERS = {
     "eval_id": "varchar", "run_id": "varchar", "state": "varchar", "created_at": "timestamp", "finished_at": "timestamp",
@@ -69,6 +69,7 @@ def run_row(folder: Folder, run_id: str) -> dict[str, Any]:
         "message": status.get("message"),
         "path": str(folder.path),
         "problem": "; ".join(dict.fromkeys(folder.problems)) or None,
+        "committed": status.get("rollouts"),
     }
 
 
@@ -95,7 +96,7 @@ def copies(folders: Sequence[Folder], ids: Sequence[str]) -> dict[str, str]:
         status = folder.status
         if status:
             key = (status.get("created_at"), status.get("host"), status.get("pid"), status.get("name"))
-            groups.setdefault(key, []).append((-int(status.get("rollouts") or 0), run_id))
+            groups.setdefault(key, []).append((-int(status.get("rollouts", 0)), run_id))
     return {
         run_id: min(group, key=lambda entry: entry[0])[1]
         for group in groups.values()

@@ -52,7 +52,7 @@ evaluated as (
     select run_id, benchmark, rollout as at_rollout, k, mean_at_k, pass_at_k from evaluations where complete
     qualify row_number() over (partition by run_id order by rollout desc nulls last, started_at desc, benchmark) = 1
 )
-select r.run_id as run, r.state, r.eps_low, r.eps_high, r.message, r.problem, r.copy_of, a.* exclude (run_id),
+select r.run_id as run, r.state, r.eps_low, r.eps_high, r.message, r.problem, r.copy_of, r.committed, a.* exclude (run_id),
     u.* exclude (run_id), e.* exclude (run_id)
 from runs as r left join of_rollouts as a using (run_id) left join of_updates as u using (run_id)
     left join evaluated as e using (run_id)
@@ -113,7 +113,7 @@ def _schema() -> "pa.Schema":
 def _row(found: dict[str, Any]) -> dict[str, Any]:
     """A row of the table from one of OVERVIEW."""
     series = found["series"] or []
-    problems = [found["problem"], f"a copy of {found['copy_of']}" if found["copy_of"] else None]
+    problems = [found["problem"] or _missing(found), f"a copy of {found['copy_of']}" if found["copy_of"] else None]
     facts = Facts(
         state=found["state"],
         message=found["message"] or "",
@@ -132,6 +132,15 @@ def _row(found: dict[str, Any]) -> dict[str, Any]:
         "problem": "; ".join(filter(None, problems)) or None,
         **_correctness(found),
     }
+
+
+def _missing(found: dict[str, Any]) -> str | None:
+    """What a copy lacks that was made without some of its files. A live run commits while it is looked at, and one that
+    ended counted its rollouts after they were committed."""
+    here, committed = found["rollouts"] or 0, found["committed"] or 0
+    if found["state"] == "running" or here >= committed:
+        return None
+    return f"{here} of the {committed} rollouts that it committed are here: the copy is not whole, copy it again"
 
 
 def _correctness(found: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Odd names, links, copies and damage: each is named in `runs`, and the other runs are read as if it were not there."""
 
+import json
 import os
 import shutil
 import signal
@@ -107,6 +108,38 @@ def test_copies_made_while_a_run_is_written_are_read_beside_it(tmp_path: Path) -
     for run in shown.keys() - {"other"}:
         assert shown[run]["state"] in ("running", "crashed", "finished")
         assert stored.get(run, []) == list(range(len(stored.get(run, []))))
+
+
+def test_a_copy_without_its_last_rollouts_says_so_and_a_live_run_does_not(tmp_path: Path) -> None:
+    """Of a crashed, a finished and a live run; the finished copy lacks all, the status of the live one runs ahead."""
+    crashed, live = (create_run(tmp_path, name, SPEC, "tiny") for name in ("crashed", "live"))
+    for rollout in range(3):
+        write(crashed, rollout)
+        write(live, rollout)
+    finished(tmp_path, "finished")
+    shutil.copytree(crashed.folder, tmp_path / "whole")
+    status = tmp_path / "crashed" / "status.json"
+    for name in ("crashed", "whole"):
+        dead = json.loads(status.read_text()) | {
+            "heartbeat": "2020-01-01T00:00:00+00:00",
+            "created_at": f"20{len(name)}0-01-01",
+        }
+        (tmp_path / name / "status.json").write_text(json.dumps(dead))
+    for folder in ("crashed", "live"):
+        for segment in (tmp_path / folder / "journal").glob("*-000-000002-*"):
+            segment.unlink()
+    (tmp_path / "finished" / "metrics.duckdb").unlink()
+    with open_runs(tmp_path) as runs:
+        found = {row["run"]: (row["state"], row["rollouts"], row["problem"]) for row in overview(runs).to_pylist()}
+    crashed._closed.set()
+    live._closed.set()
+    said = "rollouts that it committed are here: the copy is not whole, copy it again"
+    assert found == {
+        "crashed": ("crashed", 2, f"2 of the 3 {said}"),
+        "finished": ("finished", 0, f"0 of the 2 {said}"),
+        "live": ("running", 2, None),
+        "whole": ("crashed", 3, None),
+    }
 
 
 def test_a_store_and_a_status_of_a_newer_version_are_named(tmp_path: Path) -> None:

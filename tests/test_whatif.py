@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from clipctl import load_spec, open_runs
 from clipctl.algo import clipped_surrogate
+from clipctl.analysis.answer import Options
+from clipctl.analysis.what_if import what_if_view
 from clipctl.ledger import EntropyLedger, RatioProfile, entropy_ledger, ratio_profiles
 from clipctl.loss import PolicyLoss, UpdateTokens
 from clipctl.train import train
@@ -173,3 +175,45 @@ def test_after_a_run_what_if_reproduces_the_recorded_terms(tmp_path: Path, eps: 
             size = sum(abs(row[f"{algorithm}_{term}"]) for term in ("reward", "clip_low", "clip_high"))
             for term in ("reward", "clip_low", "clip_high", "total"):
                 assert getattr(pull, term) == pytest.approx(row[f"{algorithm}_{term}"], rel=1e-6, abs=1e-9 * size)
+
+
+def test_the_view_is_what_numpy_makes_of_every_token_of_the_updates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the store and its sums, at ε that no run used: each token's own r, A, w, H and E[Q], and the definitions."""
+    seen: list[dict[str, np.ndarray]] = []
+    sums = PolicyLoss.sums
+
+    def recorded(self: PolicyLoss, losses: Any, batches: Any) -> Any:
+        seen.extend({name: getattr(part, name).numpy() for name in UpdateTokens.__slots__} for part in batches)
+        return sums(self, losses, batches)
+
+    monkeypatch.setattr(PolicyLoss, "sums", recorded)
+    overrides = {"run.steps": 2, "rollout.prompts": 16, "clip.low": 0.137, "clip.high": 0.0731, "optim.lr": 1e-3}
+    folder = train(load_spec("tiny", overrides), runs_dir=tmp_path)
+    raw = {name: np.concatenate([part[name] for part in seen]) for name in UpdateTokens.__slots__}
+    logprob, entropy = raw["logprob_T"].astype(float), raw["entropy_T"].astype(float)
+    ratio_32 = np.exp(raw["logprob_T"] - raw["old_logprob_T"])
+    sign = np.sign(raw["advantages_T"])
+    pulls = {
+        "pg": raw["expected_q_T"] - np.exp(logprob) * (logprob + entropy),
+        "npg": -logprob - entropy,
+    }
+    weight = raw["weights_T"] * raw["advantages_T"] * np.exp(logprob - raw["old_logprob_T"].astype(float))
+    grid = ["clip.low=0.137,0.02,0.1,1", "clip.high=0.0731,0.01,0.28,inf"]
+    with open_runs(folder) as runs:
+        found = what_if_view(runs, Options(grid=grid)).table.to_pylist()
+    assert len(found) == 16
+    assert [row["note"] for row in found] == ["as run"] + ["first order"] * 15
+    for row in found:
+        low = (sign < 0) & (ratio_32 < np.float32(1 - row["eps_low"]))
+        high = (sign > 0) & (ratio_32 > np.float32(1 + row["eps_high"]))
+        assert (low.any(), high.any()) == (row["eps_low"] < 1, row["eps_high"] < math.inf)
+        assert row["clip_low_percent"] == pytest.approx(100 * low.mean(), rel=1e-12)
+        assert row["clip_high_percent"] == pytest.approx(100 * high.mean(), rel=1e-12)
+        for algorithm, pull in pulls.items():
+            terms = weight * pull
+            wanted = {"reward": terms.sum(), "clip_low": -terms[low].sum(), "clip_high": -terms[high].sum()}
+            wanted["total"] = terms[~(low | high)].sum()
+            for term, value in wanted.items():
+                assert row[f"{algorithm}_{term}"] == pytest.approx(value, rel=1e-9, abs=1e-12 * np.abs(terms).sum())

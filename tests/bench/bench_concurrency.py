@@ -1,14 +1,17 @@
 """Six runs that write and readers that poll them: no reader error, no write lost, and how long a flush takes with and without.
 
-    python tests/bench/bench_concurrency.py [--seconds 60 --writers 6 --readers 2 --pause 0.15]
+    python tests/bench/bench_concurrency.py [--seconds 60 --writers 6 --readers 2 --pause 1]
 
-Writers commit rollouts of six tables (each file fsynced), with a pause for the training between two, as real runs do;
-`--pause 0` has none. Spans without readers and with them take turns, so that both see the same files and the same machine,
-until there were `--seconds` of each. Then one reader opens all runs and holds them, with an answer half taken, for as long
-again, in which the runs end and are folded. At the end every rollout must be there once, with all its rows.
+Writers commit rollouts of six tables (each file fsynced and renamed), with a pause for sampling and training between two;
+a flush is `write_rollout` of rows that are ready, as a run waits for it. Readers make whole overviews, one after the other
+without a pause. Spans without readers and with them take turns, so that both see the same files and the same machine, until
+there were `--seconds` of each. Then one reader opens all runs and holds them, with an answer half taken, for as long again, in
+which the runs end and are folded. At the end every rollout must be there once, with all its rows, and every reader must have
+made many reads.
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -19,12 +22,14 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS))
 
-from test_store import SPEC, create_run, write  # noqa: E402
+from test_store import SPEC, create_run, ledger_rows, rollout_row, samples, tables, update_rows  # noqa: E402
 
 from clipctl import open_runs  # noqa: E402
 from clipctl.overview import overview  # noqa: E402
 
-SPAN_SECONDS = 10.0
+SPAN_SECONDS = 15.0
+READS = 10
+"""What every reader must make at least in all its spans."""
 CHECKS = """
 select (select count(*) from (select count(*) as n from updates group by run_id, rollout) where n <> 3),
     (select count(*) from runs where problem is not null)
@@ -37,21 +42,25 @@ def run_writer(root: Path, name: str, pause: float) -> None:
     rollout = 0
     with (root / f"{name}.log").open("w", buffering=1) as log:
         while not (root / "stop").exists():
-            began = time.time()
-            write(writer, rollout)
-            log.write(f"{began} {time.time() - began}\n")
+            ledger = {table: ledger_rows(table, rollout) for table in ("histograms", "probes")}
+            rows = tables(update_rows(rollout), samples(2 * rollout), **ledger)
+            row = rollout_row(rollout)
+            began, started = time.time(), time.perf_counter()
+            writer.write_rollout(rollout, row, rows)
+            log.write(f"{began} {time.perf_counter() - started}\n")
             rollout += 1
             time.sleep(pause)
-        began = time.time()
+        started = time.perf_counter()
         writer.close("finished", "")
-        log.write(f"fold {time.time() - began}\n")
+        log.write(f"fold {time.perf_counter() - started}\n")
 
 
 def run_reader(root: Path, name: str) -> None:
-    """Overviews as fast as it can until it is ended; a line for each: what was wrong with it, or nothing."""
+    """Overviews as fast as it can until the file `<name>.stop` is there; a line for each: how long it took, and what was wrong
+    with it, if anything."""
     with (root / f"{name}.reads").open("w", buffering=1) as log:
-        while True:
-            wrong = ""
+        while not (root / f"{name}.stop").exists():
+            wrong, started = "", time.perf_counter()
             try:
                 with open_runs(root / "runs") as runs:
                     overview(runs)
@@ -59,7 +68,7 @@ def run_reader(root: Path, name: str) -> None:
                     wrong = "" if found == [(0, 0)] else str(found)
             except Exception as error:  # whatever it is, it is counted
                 wrong = f"{type(error).__name__}: {error}"
-            log.write(" ".join(wrong.split()) + "\n")
+            log.write(f"{time.perf_counter() - started} {' '.join(wrong.split())}\n")
 
 
 def run_holder(root: Path, seconds: float) -> None:
@@ -85,20 +94,23 @@ def measure(root: Path, options: argparse.Namespace) -> None:
         time.sleep(0.1)
     time.sleep(2)
     spans: dict[str, list[tuple[float, float]]] = {"without": [], "with": []}
-    found: list[str] = []
+    reads: dict[int, list[str]] = {number: [] for number in range(options.readers)}
+    busy: dict[str, list[float]] = {"without": [], "with": []}
     for turn in range(max(1, round(options.seconds / SPAN_SECONDS))):
         for kind in spans:
             names = [f"reader-{turn}-{number}" for number in range(options.readers if kind == "with" else 0)]
             readers = [start(root, "reader", name, 0.0) for name in names]
-            time.sleep(2)  # until they have loaded what they need
+            while not all((root / f"{name}.reads").exists() for name in names):
+                time.sleep(0.1)
             began = time.time()
             time.sleep(SPAN_SECONDS)
             spans[kind].append((began, time.time()))
-            for reader, name in zip(readers, names, strict=True):
-                assert reader.poll() is None
-                reader.terminate()
-                reader.wait()
-                found += (root / f"{name}.reads").read_text().split("\n")[:-1]
+            busy[kind].append(os.getloadavg()[0])
+            for name in names:
+                (root / f"{name}.stop").touch()
+            assert [reader.wait() for reader in readers] == [0] * len(readers)
+            for number, name in enumerate(names):
+                reads[number] += (root / f"{name}.reads").read_text().split("\n")[:-1]
     holder = start(root, "holder", "holder", options.seconds)
     while not (root / "held").exists():
         time.sleep(0.1)
@@ -108,15 +120,12 @@ def measure(root: Path, options: argparse.Namespace) -> None:
     assert [writer.wait() for writer in writers] == [0] * options.writers
     spans["held"] = [(held_from, time.time())]
     assert holder.wait() == 0
-    report(root, options, spans, found)
+    loads = ", ".join(f"{kind} {statistics.mean(found):.1f}" for kind, found in busy.items())
+    print(f"load of {os.cpu_count()} cores at the ends of the spans: {loads}")
+    report(root, spans, reads)
 
 
-def report(
-    root: Path,
-    options: argparse.Namespace,
-    spans: dict[str, list[tuple[float, float]]],
-    found: list[str],
-) -> None:
+def report(root: Path, spans: dict[str, list[tuple[float, float]]], reads: dict[int, list[str]]) -> None:
     lines = {file.stem: file.read_text().split("\n")[:-1] for file in root.glob("run-*.log")}
     flushes = [tuple(map(float, line.split())) for log in lines.values() for line in log if not line.startswith("fold")]
     medians = {}
@@ -125,10 +134,14 @@ def report(
         medians[kind] = statistics.median(took)
         late = took[int(0.95 * len(took))]
         print(f"{kind}: {len(took)} flushes, median {1e3 * medians[kind]:.0f} ms, 95 % {1e3 * late:.0f} ms")
-    wrong = [line for line in found if line]
     print(f"flush with readers / without: {medians['with'] / medians['without']:.2f}; while held: "
           f"{medians['held'] / medians['without']:.2f}")  # fmt: skip
-    print(f"{len(found)} reads, {len(wrong)} of them wrong: {wrong[:3]}")
+    pairs = [line.split(" ", 1) for found in reads.values() for line in found]
+    wrong = [what for _, what in pairs if what]
+    counts = ", ".join(str(len(found)) for found in reads.values())
+    took = [float(seconds) for seconds, _ in pairs]
+    print(f"reads of each reader: {counts}; {statistics.median(took):.2f} s, at most {max(took):.2f} s; {len(wrong)} wrong: "
+          f"{wrong[:3]}")  # fmt: skip
     folds = [float(line.split()[1]) for log in lines.values() for line in log if line.startswith("fold")]
     print(f"folds while held: {max(folds):.2f} s at most")
     written = {name: len(log) - 1 for name, log in lines.items()}
@@ -140,6 +153,7 @@ def report(
     assert rows == [(sum(written.values()),) * 2]
     print(f"{sum(written.values())} rollouts written, {rows[0][0]} stored")
     assert not wrong
+    assert all(len(found) >= READS for found in reads.values()), counts
 
 
 if __name__ == "__main__":
@@ -147,7 +161,7 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--writers", type=int, default=6)
     parser.add_argument("--readers", type=int, default=2)
-    parser.add_argument("--pause", type=float, default=0.15)
+    parser.add_argument("--pause", type=float, default=1.0)
     parser.add_argument("--part", choices=["writer", "reader", "holder"], help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--name", help=argparse.SUPPRESS)
