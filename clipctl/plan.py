@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from clipctl import machine
 from clipctl.benchmarks import parse_benchmark
+from clipctl.errors import SpecError
 from clipctl.models import ModelShape, model_shape
 from clipctl.spec import RunSpec
 from clipctl.tasks import ARITH_TEST, TASKS
@@ -47,6 +48,13 @@ WHILE_TRAINING = (GRADIENTS_16, GATHERED, ON_THEIR_WAY, ACTIVATIONS, STATISTICS)
 IN_TURNS = WHILE_SAMPLING + WHILE_TRAINING
 """What is held only then; all else of `memory` is always there. An engine that holds more adds to `memory` and to these."""
 OPTIMIZER_WORDS = {"adamw": "AdamW", "sgd": "SGD"}
+HELD_WORDS = {
+    0: "the whole model and optimizer",
+    1: "the whole model and {share} of the optimizer",
+    2: "the whole model and {share} of gradients and optimizer",
+    3: "{share} of model, gradients and optimizer",
+}
+"""By ZeRO stage; 0 without DeepSpeed."""
 WEIGHT_WORDS = {
     "token_mean": "1/N for each of the N response tokens of an update (token mean)",
     "sequence_mean": "1/(B·T_i): each of the B responses of an update counts the same, whatever its length T_i",
@@ -80,8 +88,9 @@ class Plan:
 def make_plan(spec: RunSpec, processes: int = 1) -> Plan:
     """The plan of a resolved spec that so many processes run; needs no network, GPU or model files.
 
-    Raises ModelError for a broken GGUF file.
+    Raises ModelError for a broken GGUF file, SpecError for what so many processes cannot run.
     """
+    check_engines(spec, processes)
     shape = model_shape(spec.model.path)
     held = {} if shape is None else memory(spec, shape, processes)
     return Plan(
@@ -148,6 +157,16 @@ def context_warnings(spec: RunSpec, shape: ModelShape | None) -> list[str]:
         f"{max(0, shape.context - rollout.max_response_tokens)} tokens, responses of rollout.max_response_tokens = "
         f"{rollout.max_response_tokens} do not fit, and the run is refused"
     ]
+
+
+def check_engines(spec: RunSpec, processes: int) -> None:
+    """Raises SpecError where the engine of one process would lie on the GPUs of others."""
+    spread = spec.engine.vllm.tensor_parallel
+    if processes > 1 and spread > 1:
+        raise SpecError(
+            f"engine.vllm.tensor_parallel = {spread}: each of {processes} processes has an engine on its own GPU; set it to 1, "
+            "or start one process"
+        )
 
 
 def process_warnings(spec: RunSpec, processes: int) -> list[str]:
@@ -281,6 +300,7 @@ def plan_lines(plan: Plan) -> list[str]:
         ),
         *_dapo_lines(plan),
         *_sampler_lines(spec),
+        *_trainer_lines(spec),
         _line(
             "updates",
             f"{_count(plan.updates, 'update')} per rollout, {spec.optim.responses_per_update} responses each "
@@ -330,6 +350,15 @@ def _sampler_lines(spec: RunSpec) -> list[str]:
     asleep = {"auto": "asleep while the trainer works, unless measured memory is enough for both", "never": "always awake",
               "always": "asleep while the trainer works"}  # fmt: skip
     return [_line("sampler", words if engine.device == "cpu" else f"{words}, {asleep[engine.vllm.sleep]}")]
+
+
+def _trainer_lines(spec: RunSpec) -> list[str]:
+    if spec.engine.trainer == "torch":
+        return []
+    settings = spec.engine.deepspeed
+    away = {"none": "", "optimizer": ", float32 weights and moments in the machine's memory",
+            "all": ", all weights and moments in the machine's memory"}  # fmt: skip
+    return [_line("trainer", f"DeepSpeed, ZeRO-{settings.zero_stage}{away[settings.offload]}")]
 
 
 def _data_words(spec: RunSpec) -> str:
@@ -422,10 +451,12 @@ def _share_formula(spec: RunSpec) -> str:
 def _process_lines(plan: Plan) -> list[str]:
     """Who does what of a rollout; memory is that of one of them."""
     count, spec = plan.processes, plan.spec
+    stage = spec.engine.deepspeed.zero_stage if spec.engine.trainer == "deepspeed" else 0
+    held = HELD_WORDS[stage].format(share=f"1/{count}")
     return [
         _line(
             "processes",
-            f"{count}, each with the whole model and optimizer, {-(-spec.rollout.prompts // count)} of {spec.rollout.prompts} "
+            f"{count}, each with {held}, {-(-spec.rollout.prompts // count)} of {spec.rollout.prompts} "
             f"prompts a rollout and about 1/{count} of the micro-batches; numbers below are of one of them",
         ),
         _more("gradients are summed over all of them, so loss and metrics are those of one process"),

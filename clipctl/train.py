@@ -58,6 +58,7 @@ from clipctl.lock import print_warning
 from clipctl.loss import PolicyLoss
 from clipctl.models import ChatTokenizer, find_model, load_tokenizer, stop_ids
 from clipctl.overlap import work_while_making
+from clipctl.plan import check_engines
 from clipctl.ranks import Ranks, joined
 from clipctl.records import (
     Columns,
@@ -189,6 +190,7 @@ def train(
             report, warn = ignore, ignore
         with stop.interruptible():
             refuse_other_specs(ranks, spec)
+            check_engines(spec, ranks.size)
             name = ranks.broadcast(spec.run.name or new_name(label))
             earlier = earlier_attempt(ranks, Path(runs_dir), name, spec, resume, warn)
             if earlier is not None:

@@ -64,6 +64,15 @@ def test_the_3b_run_by_hand() -> None:
     assert plan.disk_model == 2 * count
 
 
+def test_an_engine_on_several_gpus_is_of_one_process() -> None:
+    spread = spec("tiny", engine__sampler="vllm", engine__device="cuda", engine__vllm__tensor_parallel=2)
+    assert "on 2 GPUs" in "\n".join(plan_lines(make_plan(spread)))
+    with pytest.raises(
+        SpecError, match=r"engine\.vllm\.tensor_parallel = 2: each of 4 processes has an engine on its own GPU"
+    ):
+        make_plan(spread, 4)
+
+
 def test_zero_stages_by_hand() -> None:
     """Llama-3-8B in bfloat16, 8 processes: of each weight 2 bytes, 4 for its master, 8 of moments, 4 of gradient, shared."""
     count = 8_030_261_248
@@ -94,6 +103,8 @@ def test_zero_stages_by_hand() -> None:
     lines = "\n".join(plan_lines(plan))
     assert f"{18 * share / 2**30:.1f} GiB more of the machine's memory for each process" in lines
     assert "in each of 8 processes" in lines
+    assert "trainer:        DeepSpeed, ZeRO-3, all weights and moments in the machine's memory" in lines
+    assert "processes:      8, each with 1/8 of model, gradients and optimizer, 64 of 512 prompts a rollout" in lines
     assert (
         make_plan(spec("llama8b-gsm8k", **deep, engine__deepspeed__zero_stage=0), 8).memory
         == make_plan(spec("llama8b-gsm8k"), 8).memory
