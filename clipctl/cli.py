@@ -1,5 +1,6 @@
 """The command line: parse, call, print. No logic, and nothing heavy is imported before a command needs it."""
 
+import errno
 import os
 import shutil
 import signal
@@ -568,6 +569,11 @@ def main() -> NoReturn:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _end(
+                7, f"clipctl: {error.filename or 'output'} cannot be written: {error.strerror}; free some space", False
+            )
         line = f"clipctl: a bug in clipctl: {type(error).__name__}: {error}; run again with --debug and report it"
         _end(1, line, getattr(error, "told", False))
     sys.exit(0)

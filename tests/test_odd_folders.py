@@ -250,3 +250,14 @@ def test_ctrl_c_ends_any_query(query: str, tmp_path: Path) -> None:
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, ""), err
     assert "Traceback" not in err
+
+
+def test_a_full_disk_under_stdout_is_no_bug(tmp_path: Path) -> None:
+    finished(tmp_path, "a")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "clipctl", "analyze", str(tmp_path)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (
+        7,
+        "clipctl: output cannot be written: No space left on device; free some space\n",
+    )
