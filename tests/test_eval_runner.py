@@ -149,12 +149,15 @@ def test_ctrl_c_does_not_wait_for_answers_that_hang(tmp_path: Path, monkeypatch:
             timers[-1].start()
 
     settings = {"eval__benchmarks": (str(file),), "eval__limit": 10, "eval__k": 8, "engine__sampler_rows": 8}
-    with pytest.raises(Interrupted, match=r"4 of 10 problems are kept in .*/e; the same command goes on") as error:
+    with pytest.raises(Interrupted, match=r"problems are kept in .*/e; the same command goes on") as error:
         run_evaluation(spec(**settings), runs_dir=tmp_path, name="e", report=report, tell=told.append)
     assert error.value.exit_code == 130
     assert time.monotonic() - stopped_at[0] < 20
     assert told[-1] == "stopping: what is sampled is still graded and kept, for 1 s at most; Ctrl-C again does not wait"
-    assert len(rows(tmp_path / "e")) == 4 * 8
+    # All that is easy, and of the others what was at its limit by then.
+    kept = len(rows(tmp_path / "e"))
+    assert 4 * 8 <= kept < 10 * 8
+    assert f"{kept // 8} of 10 problems" in str(error.value)
 
 
 def test_an_evaluation_that_was_killed_goes_on(tmp_path: Path) -> None:

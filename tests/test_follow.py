@@ -214,11 +214,16 @@ class Terminal:
         import struct
         import termios
 
-        self.pid, self.handle = pty.fork()
-        if self.pid == 0:
-            os.environ |= {"TERM": "xterm-256color"}
-            os.execv(sys.executable, [sys.executable, "-m", "clipctl", "analyze", str(folder), "--follow"])
+        self.handle, terminal = pty.openpty()
         fcntl.ioctl(self.handle, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+        # Not pty.fork: the process of the tests has mapped too much for a fork. The first terminal that the leader of a
+        # session opens is the one whose Ctrl-C it gets.
+        self.process = subprocess.Popen(
+            ["sh", "-c", 'exec "$0" -m clipctl analyze "$1" --follow <"$2" >"$2" 2>&1', sys.executable, str(folder),
+             os.ttyname(terminal)],
+            stdin=terminal, env=os.environ | {"TERM": "xterm-256color"}, start_new_session=True,
+        )  # fmt: skip
+        os.close(terminal)
         self.raw = b""
 
     def wait_for(self, words: str, seconds: float = 60) -> None:
@@ -239,7 +244,7 @@ class Terminal:
                     self.raw += os.read(self.handle, 65536)
                 except OSError:
                     break
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.process.wait()
 
 
 def run_in(folder: Path) -> RunWriter:

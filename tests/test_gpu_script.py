@@ -37,7 +37,7 @@ def run(tmp_path: Path, *options: str) -> tuple[dict[str, Any], str]:
         str(tmp_path / "x.json"),
     ]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, timeout=550)
-    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert done.returncode == 0, done.stdout + done.stderr
     answer: dict[str, Any] = json.loads((tmp_path / "x.json").read_text())
     return answer, done.stdout
 
