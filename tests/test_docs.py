@@ -60,7 +60,7 @@ def test_user_documents_do_not_name_the_developers_folders() -> None:
 
 ANALYSES = [
     line.split("    #")[0].strip()
-    for line in re.findall(r"^    (clipctl analyze runs/(?!arms).*)", README, re.MULTILINE)
+    for line in re.findall(r"^    (clipctl analyze runs/(?!arms|gsm8k).*)", README, re.MULTILINE)
 ]
 
 
@@ -82,7 +82,15 @@ def test_every_analysis_in_readme_runs(command: str, tmp_path: Path) -> None:
     assert done.stdout
 
 
-LINES = [line.split("    #")[0].strip() for line in re.findall(r"^    ((?:clipctl|bash) .*)", README, re.MULTILINE)]
+WHOLE = re.sub(r" \\\n +", " ", README)
+"""Lines that end in a backslash, with what follows."""
+LINES = [line.split("    #")[0].strip() for line in re.findall(r"^    ((?:clipctl|bash) .*)", WHOLE, re.MULTILINE)]
+BOTH = (
+    "clipctl train --preset smollm2-gsm8k --set engine.sampler=vllm --set engine.trainer=deepspeed --steps 2 "
+    "--set rollout.prompts=2 --set rollout.group_size=4 "
+    "--set optim.responses_per_update=4 --set rollout.max_response_tokens=48 --name gsm8k"
+)
+MISMATCH = "select rollout, mismatch_max, mismatch_mean, mismatch_outside, entropy from rollouts"
 FIG3 = "clipctl sweep --preset fig3 --jobs 4 --launcher slurm --slurm partition=gpu --slurm time=4:00:00 --slurm gres=gpu:1"
 NOT_RUN = {
     "bash quickstart.sh": "sets up an environment; continuous integration runs it",
@@ -98,6 +106,8 @@ NOT_RUN = {
     "clipctl train --preset llama8b-gsm8k --set engine.trainer=deepspeed --set engine.deepspeed.zero_stage=3 --nproc 8": "8 GPUs",
     "clipctl train --preset tiny --set engine.sampler=vllm": "needs vLLM; test_vllm.py trains with it",
     "clipctl eval --model smollm2-135m-instruct --benchmark svamp --top-p 1 --set engine.sampler=vllm": "the same",
+    BOTH: "needs vLLM, DeepSpeed and GSM8K",
+    f'clipctl analyze runs/gsm8k --sql "{MISMATCH}"': "the run that it made",
     "clipctl eval --run runs/my-run@40 --benchmark gsm8k --benchmark math500 -k 8": "benchmarks from the hub",
     "clipctl eval --model qwen2.5-3b-instruct --benchmark gsm8k --benchmark math500 -k 8 --set engine.device=cuda": "a GPU",
 }
