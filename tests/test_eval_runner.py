@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import clipctl.eval_runner as runner
+from clipctl.engine.torch_sampler import TorchSampler
 from clipctl.errors import DataError, Interrupted, ModelError, SpecError
 from clipctl.eval_report import eval_report, find_evaluation
 from clipctl.eval_runner import model_target, run_evaluation, run_target
@@ -97,11 +98,12 @@ def test_table_and_csv_say_the_same(tmp_path: Path) -> None:
 
 
 def interrupt_after(problems: int) -> Callable[[EvalReport], None]:
-    """Ctrl-C as soon as so many problems are kept."""
+    """Ctrl-C, once, as soon as so many problems are kept."""
+    left = [_thread.interrupt_main]
 
     def report(report: EvalReport) -> None:
-        if report.problems >= problems:
-            _thread.interrupt_main()
+        if report.problems >= problems and left:
+            left.pop()()
 
     return report
 
@@ -138,6 +140,17 @@ def test_ctrl_c_does_not_wait_for_answers_that_hang(tmp_path: Path, monkeypatch:
     told: list[str] = []
     timers: list[threading.Timer] = []
     stopped_at: list[float] = []
+    easy_are_graded = threading.Event()
+    sample = TorchSampler.sample
+
+    def sample_easy_first(self: TorchSampler, *arguments: Any, **options: Any) -> Iterator[tuple[int, Any]]:
+        """Shorter questions come first; what hangs is not graded together with them."""
+        for count, group in enumerate(sample(self, *arguments, **options)):
+            if count == len(easy):
+                assert easy_are_graded.wait(60)
+            yield group
+
+    monkeypatch.setattr(TorchSampler, "sample", sample_easy_first)
 
     def interrupt() -> None:
         stopped_at.append(time.monotonic())
@@ -145,12 +158,17 @@ def test_ctrl_c_does_not_wait_for_answers_that_hang(tmp_path: Path, monkeypatch:
 
     def report(now: EvalReport) -> None:
         if now.problems >= 4 and not timers:
+            easy_are_graded.set()
             timers.append(threading.Timer(1.0, interrupt))
             timers[-1].start()
 
     settings = {"eval__benchmarks": (str(file),), "eval__limit": 10, "eval__k": 8, "engine__sampler_rows": 8}
-    with pytest.raises(Interrupted, match=r"problems are kept in .*/e; the same command goes on") as error:
-        run_evaluation(spec(**settings), runs_dir=tmp_path, name="e", report=report, tell=told.append)
+    try:
+        with pytest.raises(Interrupted, match=r"problems are kept in .*/e; the same command goes on") as error:
+            run_evaluation(spec(**settings), runs_dir=tmp_path, name="e", report=report, tell=told.append)
+    finally:
+        for timer in timers:
+            timer.cancel()
     assert error.value.exit_code == 130
     assert time.monotonic() - stopped_at[0] < 20
     assert told[-1] == "stopping: what is sampled is still graded and kept, for 1 s at most; Ctrl-C again does not wait"
