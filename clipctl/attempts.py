@@ -1,6 +1,6 @@
 """What a folder that exists means for a new attempt at its run: refused, finished, or to be gone on with from a checkpoint."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -10,7 +10,7 @@ from clipctl.errors import AlarmStop, SpecError, StoreError
 from clipctl.folder import is_evaluation, read_json, usable_status
 from clipctl.journal import taken
 from clipctl.lock import lock_run
-from clipctl.spec import RunSpec, spec_from_json
+from clipctl.spec import RunSpec, leaves, spec_from_json
 
 Resume = Literal["auto", "never", "must"]
 MAY_CHANGE = ("run.steps", "run.name", "eval.", "checkpoint.")
@@ -75,7 +75,7 @@ def _look_at(folder: Path, spec: RunSpec, lock: IO[str]) -> Earlier:
 
 def spec_changes(before: RunSpec, now: RunSpec, may_change: tuple[str, ...] = MAY_CHANGE) -> list[str]:
     """`key = old, now new` for every key that may not change and did."""
-    old, new = (dict(_flat(spec.model_dump(mode="json"))) for spec in (before, now))
+    old, new = (dict(leaves(spec.model_dump(mode="json"))) for spec in (before, now))
     return [
         f"{key} = {_toml(old.get(key))}, now {_toml(new.get(key))}"
         for key in dict.fromkeys([*old, *new])
@@ -139,14 +139,6 @@ def _refuse_going_back(folder: Path, spec: RunSpec, status: Mapping[str, Any], p
 
 def _steps_before(folder: Path) -> int:
     return spec_from_json((folder / "spec.json").read_text()).run.steps
-
-
-def _flat(group: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in group.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _toml(value: Any) -> str:

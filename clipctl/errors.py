@@ -5,6 +5,11 @@ fixes it. Invariants of the program are `assert`s and never appear here.
 """
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its kind, where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class ClipctlError(Exception):
     """Base of all user errors. Raised itself only where another process of the run met a bug."""
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from clipctl.errors import DependencyError, SpecError, StoreError
+from clipctl.spec import leaves
 from clipctl.store import Runs, open_runs
 
 MARK = ".clipctl-export"
@@ -165,15 +166,13 @@ def point(group: str, row: Mapping[str, Any]) -> Point:
     return Point(group, row["_step"], row["_wall_time"], values)
 
 
-def flat(spec: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | bool]:
+def flat(spec: Mapping[str, Any]) -> dict[str, str | float | bool]:
     """`clip.low` → 0.2: the spec's keys as users write them; lists as text, what is unset is left out."""
-    found: dict[str, str | float | bool] = {}
-    for name, value in spec.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
-        elif value is not None:
-            found[f"{prefix}{name}"] = value if isinstance(value, str | int | float) else json.dumps(value)
-    return found
+    return {
+        name: value if isinstance(value, str | int | float) else json.dumps(value)
+        for name, value in leaves(spec)
+        if value is not None
+    }
 
 
 def tensorboard_writer() -> Callable[[Exported, Path], None]:

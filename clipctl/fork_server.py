@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from clipctl.grading_worker import die_with
+from clipctl.grading_worker import die_with, fresh_program
 
 IMPORTS = (
     "clipctl.train", "clipctl.progress", "clipctl.plan", "clipctl.arith", "clipctl.statistics", "clipctl.engine.torch_sampler",
@@ -33,7 +33,6 @@ IMPORTS = (
 IMPORTS_WITHOUT_GPU = ("deepspeed", "pandas")
 """What transformers imports when it saves a model, where they are installed. DeepSpeed looks for GPUs when it is imported, and a
 CUDA context must not be forked."""
-START = "import sys; sys.path[:] = {path!r}; from clipctl.fork_server import serve; serve({parent}, {imports!r})"
 
 
 def serve(parent: int, imports: Sequence[str]) -> None:
@@ -138,10 +137,9 @@ class ForkServer:
         """Starts `clipctl` with these arguments. run: a number of the caller's. output: file that its output is added to.
         cores: those it may use, all where there are none."""
         if self._server is None or self._server.poll() is not None:
-            program = START.format(path=sys.path, parent=os.getpid(), imports=self._imports)
             with self._output.open("ab") as own_output:
                 self._server = subprocess.Popen(
-                    [sys.executable, "-c", program],
+                    fresh_program("clipctl.fork_server", os.getpid(), self._imports),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=own_output,

@@ -242,8 +242,15 @@ def die_with(server: int) -> None:
 
 BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from clipctl.grading_worker import serve; serve(*map(int, sys.argv[2:]))"
+    "from importlib import import_module; import_module(sys.argv[2]).serve(*json.loads(sys.argv[3]))"
 )
+
+
+def fresh_program(module: str, *arguments: object) -> list[str]:
+    """The command of a fresh Python program with this one's module path that calls `serve` of a module. arguments: of that, as
+    JSON takes them."""
+    path = [path or os.getcwd() for path in sys.path]
+    return [sys.executable, "-c", BOOT, json.dumps(path), module, json.dumps(arguments)]
 
 
 class Workers:
@@ -345,17 +352,10 @@ class Workers:
             )
         self._pipe, theirs = Pipe()
         kept = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
-        arguments = [theirs.fileno(), os.getpid(), self.workers, self.timeout]
         started = False
         try:
             self._server = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    BOOT,
-                    json.dumps([path or os.getcwd() for path in sys.path]),
-                    *map(str, arguments),
-                ],
+                fresh_program("clipctl.grading_worker", theirs.fileno(), os.getpid(), self.workers, self.timeout),
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

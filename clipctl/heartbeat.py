@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipctl import errors
-from clipctl.errors import ClipctlError, EngineError
+from clipctl.errors import ClipctlError, EngineError, first_line
 from clipctl.interrupts import StopRequests
 from clipctl.rendezvous import Seat
 
@@ -97,7 +97,7 @@ class Heartbeat:
     def cause(self, error: RuntimeError) -> ClipctlError:
         """Why a collective operation failed: what the watch finds out, or else the first line of its error."""
         self.found.wait(LOST_SECONDS + 5)
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        said = first_line(error)
         return self.failure or EngineError(f"the processes of the run lost each other: {said}")
 
     def _run(self) -> None:
@@ -158,7 +158,7 @@ class Heartbeat:
         text = self._seen.get(0, ("{}", 0.0))[0]
         beat: dict[str, Any] = json.loads(text or "{}")
         where = f" (process {beat['pid']} on {beat['host']})" if beat else ""
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        said = first_line(error)
         self.lost.add(0)
         if self.seat.rank == 0:
             return EngineError(f"the store of the run's processes does not answer: {said}")

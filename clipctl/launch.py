@@ -5,7 +5,6 @@ Rank 0 has this process's terminal; what the others say is shown when they fail.
 the kernel sees to it (PR_SET_PDEATHSIG). Otherwise they end each other (`clipctl.heartbeat`), and this process waits.
 """
 
-import ctypes
 import os
 import signal
 import socket
@@ -17,10 +16,10 @@ from dataclasses import dataclass
 from typing import IO, NoReturn
 
 from clipctl.errors import EngineError, SpecError
+from clipctl.grading_worker import die_with
 from clipctl.interrupts import SIGNALS
 from clipctl.rendezvous import LISTEN, find_seat
 
-PR_SET_PDEATHSIG = 1
 TICK_SECONDS = 1.0
 PATIENCE = {True: 300.0, False: 20.0}
 """Seconds after which rank 0 (True) is killed when another process has failed, and the others when rank 0 has ended. They have
@@ -60,20 +59,13 @@ def start_ranks(count: int, threads: int) -> None:
         said = tempfile.TemporaryFile("w+", errors="replace") if rank else None  # noqa: SIM115
         pid = os.fork()
         if pid == 0:
-            _die_with(launcher)
+            die_with(launcher)
             _take_seat(rank, count, threads, listener, said)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return
         children[pid] = Child(rank, said)
     listener.close()
     _end(_watch(children, caught), children)
-
-
-def _die_with(launcher: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != launcher:
-            os._exit(EngineError.exit_code)
 
 
 def _take_seat(rank: int, count: int, threads: int, listener: socket.socket, said: IO[str] | None) -> None:

@@ -23,7 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipctl.errors import DependencyError, ModelError, SpecError
+from clipctl.errors import DependencyError, ModelError, SpecError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -266,7 +266,7 @@ def load_tokenizer(folder: Path, chat_template: str | None) -> ChatTokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.path: {folder} has no usable tokenizer: {_first_line(error)}") from None
+        raise ModelError(f"model.path: {folder} has no usable tokenizer: {first_line(error)}") from None
     plain = chat_template is None and not tokenizer.chat_template
     if chat_template is not None:
         tokenizer.chat_template = chat_template
@@ -322,7 +322,7 @@ def load_causal_lm(folder: Path, dtype: str, device: str) -> "nn.Module":
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model.path: {folder} cannot be loaded: {_first_line(error)}") from None
+        raise ModelError(f"model.path: {folder} cannot be loaded: {first_line(error)}") from None
     if report["missing_keys"]:
         # transformers fills what a file lacks with random numbers and goes on.
         names = ", ".join(sorted(report["missing_keys"])[:3])
@@ -412,7 +412,7 @@ def _check_template(chat: ChatTokenizer, whose: str) -> None:
     try:
         rendered = chat.render("question 17")
     except TemplateError as error:
-        raise SpecError(f"{whose}: the chat template fails: {_first_line(error)}") from None
+        raise SpecError(f"{whose}: the chat template fails: {first_line(error)}") from None
     if "question 17" not in rendered:
         raise SpecError(f"{whose}: the chat template leaves the user's message out, so all prompts would be the same")
 
@@ -470,7 +470,7 @@ def _pull_from_hub(hub: str) -> Path:
     # The hub's errors derive from its HTTP client's, which is another package from version to version.
     except (*HfHubHTTPError.__bases__, HFValidationError) as error:
         raise ModelError(
-            f"model.path: {hub} is not in the cache and the hub is not reachable ({_first_line(error)}); where there "
+            f"model.path: {hub} is not in the cache and the hub is not reachable ({first_line(error)}); where there "
             f"is a network: clipctl models pull {hub}, or --model FOLDER"
         ) from None
     return _checked(Path(folder))
@@ -503,7 +503,7 @@ def _converted(gguf: Path, folder: Path) -> Path:
         quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.path: {gguf} cannot be converted: {_first_line(error)}") from None
+        raise ModelError(f"model.path: {gguf} cannot be converted: {first_line(error)}") from None
     # transformers refuses to save a model that it loaded from GGUF, so its weights move into a fresh one.
     config = quantised.config
     if hasattr(config, "quantization_config"):
@@ -572,7 +572,7 @@ def _shape_of_gguf(file: Path) -> ModelShape:
     try:
         reader = GGUFReader(file)
     except ValueError as error:
-        raise ModelError(f"model.path: {file} is no GGUF file: {_first_line(error)}") from None
+        raise ModelError(f"model.path: {file} is no GGUF file: {first_line(error)}") from None
     arch = reader.fields["general.architecture"].contents()
 
     def read(key: str) -> int:
@@ -610,7 +610,3 @@ def _errors_to_stderr(record: logging.LogRecord) -> bool:
     if record.levelno >= logging.ERROR:
         print(f"DeepSpeed: {record.getMessage()}", file=sys.stderr)
     return False
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

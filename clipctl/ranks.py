@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from clipctl.errors import ClipctlError, EngineError, SpecError
+from clipctl.errors import ClipctlError, EngineError, SpecError, first_line
 from clipctl.heartbeat import Heartbeat
 from clipctl.interrupts import StopNow, StopRequests
 from clipctl.rendezvous import Seat, find_seat
@@ -237,7 +237,7 @@ def _connect(seat: Seat, *, is_master: bool) -> "TCPStore":
                 master_listen_fd=seat.listen if is_master else None,
             )
         except RuntimeError as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            said = first_line(error)
             if is_master:
                 raise EngineError(
                     f"rank 0 cannot listen on port {seat.port} ({said}); set MASTER_PORT to a free one for all processes"

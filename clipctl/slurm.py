@@ -20,7 +20,7 @@ from pathlib import Path
 from clipctl.errors import DependencyError, EngineError, Preempted, SpecError, StoreError, SweepFailed
 from clipctl.segments import write_whole
 from clipctl.slurm_job import SlurmRun, one_line
-from clipctl.sweep_folder import Placed
+from clipctl.sweep_folder import Placed, is_left
 
 LOOK_SECONDS = 10.0
 """Between two looks at runs and queue."""
@@ -79,7 +79,7 @@ def warning_seconds(options: Options, margin: float) -> int:
 def print_script(folder: Path, placed: Sequence[Placed], jobs: int, options: Options, *, retry_failed: bool) -> str:
     """A script for sbatch that runs what is left to do as an array, so many at once, and requeues each until it is finished.
     It needs nothing but clipctl. Raises SpecError where nothing is left."""
-    placed = [place for place in placed if is_left(place, retry_failed)]
+    placed = [place for place in placed if is_left(place.outlook, retry_failed)]
     if not placed:
         raise SpecError(f"--print-script: nothing is left to do of {folder}")
     place_of_logs(folder)
@@ -125,7 +125,7 @@ def submit(
     `planning`, so that two launches do not submit one run twice. Raises DependencyError without Slurm or submitit, SpecError
     where sbatch refuses."""
     queued = queued_runs(folder)
-    left = [place for place in placed if place.member.name not in queued and is_left(place, retry_failed)]
+    left = [place for place in placed if place.member.name not in queued and is_left(place.outlook, retry_failed)]
     if not left:
         return queued
     try:
@@ -166,11 +166,6 @@ def queue_lines(placed: Sequence[Placed], queued: Mapping[str, str]) -> list[str
         + (f"job {queued[place.member.name]}" if place.member.name in queued else place.outlook)
         for place in placed
     ]
-
-
-def is_left(place: Placed, retry_failed: bool) -> bool:
-    """Whether there is something to do of a run."""
-    return place.outlook in ("missing", "unfinished") or (retry_failed and place.outlook == "failed")
 
 
 def place_of_logs(folder: Path) -> None:
@@ -223,7 +218,7 @@ def wait_for_runs(
             break
         time.sleep(seconds)
     failed = [place.member.name for place in placed if place.outlook == "failed"]
-    left = [place.member.name for place in placed if place.outlook in ("missing", "unfinished")]
+    left = [place.member.name for place in placed if is_left(place.outlook, retry_failed=False)]
     if failed:
         raise SweepFailed(
             f"{len(failed)} of {len(placed)} runs failed: {', '.join(failed)}; --retry-failed submits them again"

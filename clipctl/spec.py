@@ -680,13 +680,14 @@ def schema_json() -> str:
 
 def flatten(spec: BaseModel) -> dict[str, Any]:
     """The resolved spec as dotted keys, infinity as a float."""
-    return dict(_flat(spec.model_dump()))
+    return dict(leaves(spec.model_dump()))
 
 
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested mappings, the inverse of `nest`; lists are values."""
     for key, value in nested.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -15,7 +15,7 @@ from clipctl.errors import Preempted, StoreError, SweepFailed
 from clipctl.fork_server import ForkServer
 from clipctl.interrupts import StopNow, StopRequests, catch_signals, job_end
 from clipctl.shares import Share
-from clipctl.sweep_folder import Placed, is_running, open_claim
+from clipctl.sweep_folder import Placed, is_left, is_running, open_claim
 
 LOOK_SECONDS = 0.5
 """Between two looks at runs that another launch runs, and two drawings."""
@@ -201,7 +201,7 @@ class _Launch:
     def _is_done(self, place: Placed) -> bool:
         """Whether there is nothing left to do of a run that waits; it is told and counted then."""
         outlook = place.outlook
-        if outlook in ("missing", "unfinished") or (outlook == "failed" and self.retry_failed):
+        if is_left(outlook, self.retry_failed):
             return False
         self.waiting.remove(place)
         self.progress.ended[place.member.name] = FAILED_BEFORE if outlook == "failed" else None

@@ -62,11 +62,16 @@ class Placed:
         state = state_of(status) if status else None
         if state is None:
             return "missing"
-        if state == "finished" and self.rollouts >= self.member.spec.run.steps:
+        if state == "finished" and int(status.get("rollouts", 0)) >= self.member.spec.run.steps:
             return "finished"
         if state == "stopped" and _steps(self.folder) >= self.member.spec.run.steps:
             return "stopped"
         return "failed" if state in ("failed", "diverged") else "unfinished"
+
+
+def is_left(outlook: Outlook, retry_failed: bool) -> bool:
+    """Whether there is something to do of a run."""
+    return outlook in ("missing", "unfinished") or (retry_failed and outlook == "failed")
 
 
 def place_members(runs_dir: Path, name: str, members: Sequence[Member]) -> list[Placed]:

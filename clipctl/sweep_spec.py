@@ -22,6 +22,7 @@ from clipctl.spec import (
     Count,
     Group,
     RunSpec,
+    leaves,
     nearest,
     nest,
     preset_layer,
@@ -172,7 +173,7 @@ def _over(layer: Mapping[str, Any]) -> dict[str, Any]:
     flat = dict(layer)
     for group in ("set", "grid", "zip"):
         if isinstance(flat.get(group), dict):
-            flat[group] = dict(_leaves(flat[group]))
+            flat[group] = dict(leaves(flat[group]))
     if "over" not in flat:
         return flat
     name = flat.pop("over")
@@ -293,7 +294,7 @@ def _member(
 ) -> Member:
     first = layer.get("run", {}).get("seed", 0)
     seed = axes.get("run.seed", first + at if isinstance(sweep.seeds, int) else at)
-    assigned = dict(_leaves({**sweep.set, **axes, "run.seed": seed}))
+    assigned = dict(leaves({**sweep.set, **axes, "run.seed": seed}))
     name = f"{label}-{seed}"
     try:
         spec = resolve_spec(layer, nest(assigned))
@@ -315,14 +316,6 @@ def _base_name(base: str) -> str:
 
 def _is_file(base: str) -> bool:
     return base.endswith(".toml") or "/" in base
-
-
-def _leaves(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def toml_text(value: Any) -> str:

@@ -33,6 +33,10 @@ SPEC: dict[str, Any] = {
     "reward.function": "slurm_reward:slow",
 }  # fmt: skip
 SETS = [word for key, value in SPEC.items() for word in ("--set", f"{key}={value}")]
+TWO_RUNS = (
+    *SETS, "--seeds", "2", "--jobs", "2", "--slurm", "time=9", "--slurm", "partition=main", "--slurm", "cpus-per-task=1",
+)  # fmt: skip
+"""At once, each a job of nine minutes on one core."""
 
 
 # --- without Slurm ----------------------------------------------------------------------------------------------------
@@ -253,27 +257,14 @@ def preempt(slurm: dict[str, str]) -> None:
 @pytest.mark.slow
 def test_preempted_jobs_end_as_undisturbed_runs(tmp_path: Path, slurm: dict[str, str], undisturbed: Path) -> None:
     """Submitted as an array, twice in a row, which submits nothing twice; preempted for real."""
-    arguments = (
-        *SETS,
-        "--seeds",
-        "2",
-        "--jobs",
-        "2",
-        "--slurm",
-        "time=9",
-        "--slurm",
-        "partition=main",
-        "--slurm",
-        "cpus-per-task=1",
-    )
-    first = clipctl(slurm, tmp_path, *arguments)
+    first = clipctl(slurm, tmp_path, *TWO_RUNS)
     assert first.returncode == 0, first.stderr
     jobs = [line.split()[-1] for line in first.stderr.splitlines() if " job " in line]
     assert [job.split("_")[1] for job in jobs] == ["0", "1"]
     folder = tmp_path / "runs" / "s"
     wait_until(lambda: any(2 <= rollouts(folder / f"tiny-{seed}") < 7 for seed in (0, 1)))
     preempt(slurm)
-    again = clipctl(slurm, tmp_path, *arguments, "--wait")
+    again = clipctl(slurm, tmp_path, *TWO_RUNS, "--wait")
     assert again.returncode == 0, again.stderr
     assert all(job in again.stderr for job in jobs)
     runs = [status(folder / f"tiny-{seed}") for seed in (0, 1)]
@@ -304,20 +295,7 @@ def test_the_end_of_a_jobs_time_is_not_the_end_of_a_run(tmp_path: Path, slurm: d
 @pytest.mark.slurm
 @pytest.mark.slow
 def test_the_printed_script_runs_and_requeues(tmp_path: Path, slurm: dict[str, str], undisturbed: Path) -> None:
-    arguments = (
-        *SETS,
-        "--seeds",
-        "2",
-        "--jobs",
-        "2",
-        "--slurm",
-        "time=9",
-        "--slurm",
-        "partition=main",
-        "--slurm",
-        "cpus-per-task=1",
-    )
-    printed = clipctl(slurm, tmp_path, *arguments, "--print-script")
+    printed = clipctl(slurm, tmp_path, *TWO_RUNS, "--print-script")
     assert printed.returncode == 0, printed.stderr
     assert queue(slurm) == []
     subprocess.run(["sbatch"], input=printed.stdout, text=True, env=slurm, check=True, capture_output=True)
@@ -353,12 +331,7 @@ def test_the_tasks_of_a_job_are_the_processes_of_its_run(tmp_path: Path, slurm: 
 @pytest.mark.slurm
 @pytest.mark.slow
 def test_a_run_that_fails_in_a_job_costs_itself_alone(tmp_path: Path, slurm: dict[str, str]) -> None:
-    sets = [word for word in SETS if not word.startswith("optim.lr")]
-    sets = [
-        word
-        for at, word in enumerate(SETS)
-        if not (word == "--set" and SETS[at + 1].startswith("optim.lr")) and word in sets
-    ]
+    sets = [word for key, value in SPEC.items() if key != "optim.lr" for word in ("--set", f"{key}={value}")]
     arguments = (
         *sets,
         "--set",

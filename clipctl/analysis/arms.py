@@ -10,13 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clipctl.errors import SpecError
+from clipctl.spec import leaves
 from clipctl.store import Runs
-
-if TYPE_CHECKING:
-    pass
 
 LEVEL = 0.95
 IDLE = ("run.name", "run.seed", "run.steps", "run.stop_on", "checkpoint.", "eval.", "store.", "engine.threads")
@@ -38,13 +36,7 @@ class Arm:
 
 def flat_spec(spec: str | None) -> dict[str, Any]:
     """A spec's JSON as key → value, `{"clip.low": 0.2, ...}`; lists are values. Empty for a run without a spec."""
-
-    def leaves(value: Any, path: str) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {path: value}
-        return {key: leaf for name, inner in value.items() for key, leaf in leaves(inner, f"{path}.{name}").items()}
-
-    return {key[1:]: leaf for key, leaf in leaves(json.loads(spec or "{}"), "").items() if key}
+    return dict(leaves(json.loads(spec or "{}")))
 
 
 def specs_of(runs: Runs) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clipctl.engine import Measure, Scores, UpdateResult
+from clipctl.engine.buckets import buckets as fill_buckets
 from clipctl.engine.deepspeed_config import deepspeed_config
 from clipctl.engine.deepspeed_module import PolicyModule
 from clipctl.engine.deepspeed_setup import load_deepspeed, quiet
@@ -267,11 +268,4 @@ def with_gradient(passes: list[Pass]) -> list[Pass]:
 def buckets(named: Sequence[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
     """ZeRO-3 parameters by name, as many at a time as have `BUCKET` values, which is told by `ds_numel`: a share of a parameter
     does not know the size of the whole."""
-    held: list[tuple[str, Any]] = []
-    for name, parameter in named:
-        if held and sum(each.ds_numel for _, each in held) + parameter.ds_numel > BUCKET:
-            yield held
-            held = []
-        held.append((name, parameter))
-    if held:
-        yield held
+    return fill_buckets(named, lambda each: int(each[1].ds_numel), BUCKET)

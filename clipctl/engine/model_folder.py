@@ -9,6 +9,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clipctl.engine.buckets import buckets
+
 FILE_BYTES = 4 << 30
 """After which a file of weights is full."""
 
@@ -42,13 +44,8 @@ def write_model(model: Any, weights: Iterable[tuple[str, Tensor]], folder: Path)
 
 def _parts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     """The tensors, on the CPU, as many at a time as fill a file."""
-    held: dict[str, Tensor] = {}
-    for name, tensor in tensors:
-        if held and sum(each.nbytes for each in held.values()) + tensor.nbytes > FILE_BYTES:
-            yield held
-            held = {}
-        held[name] = tensor.detach().cpu().contiguous()
-    yield held
+    on_cpu = ((name, tensor.detach().cpu().contiguous()) for name, tensor in tensors)
+    return map(dict, buckets(on_cpu, lambda named: named[1].nbytes, FILE_BYTES))
 
 
 def _buffers(model: Any) -> Iterator[tuple[str, Tensor]]:

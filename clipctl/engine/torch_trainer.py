@@ -17,12 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clipctl.engine import Measure, Scores, UpdateResult
+from clipctl.engine.buckets import buckets
 from clipctl.engine.masters import copy_back, master_of, take_gradients
 from clipctl.engine.optimizers import OPTIMIZERS, SPLITS, Step, dot
 from clipctl.engine.passes import (
@@ -257,13 +257,11 @@ class TorchTrainer:
 
 def _gradient_buckets(masters: Sequence[nn.Parameter]) -> list[Tensor]:
     """Flat float32 tensors, of which the masters' gradients are made views: summed as they are, without a copy."""
-    buckets, waiting = [], list(masters)
-    while waiting:
-        ends = np.cumsum([master.numel() for master in waiting])
-        taken = waiting[: max(1, int(np.searchsorted(ends, BUCKET, side="right")))]
-        bucket = torch.zeros(int(ends[len(taken) - 1]), device=taken[0].device)
-        for master, gradient in zip(taken, torch.split(bucket, [master.numel() for master in taken]), strict=True):
+    flat = []
+    for taken in buckets(masters, lambda master: master.numel(), BUCKET):
+        sizes = [master.numel() for master in taken]
+        bucket = torch.zeros(sum(sizes), device=taken[0].device)
+        for master, gradient in zip(taken, torch.split(bucket, sizes), strict=True):
             master.grad = gradient.view_as(master)
-        buckets.append(bucket)
-        waiting = waiting[len(taken) :]
-    return buckets
+        flat.append(bucket)
+    return flat

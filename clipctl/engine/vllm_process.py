@@ -6,12 +6,10 @@ caller's script, copies no threads and no CUDA context, what vLLM changes in tor
 started it, however that ends.
 """
 
-import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +17,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from clipctl.grading_worker import fresh_program
 
 START_SECONDS = 1800.0
 """How long an engine may take to start: reading weights from a slow disk, compiling, capturing CUDA graphs."""
@@ -38,10 +38,6 @@ NOT_FOR_THE_ENGINE = (
 )
 """What launchers tell the trainer's processes, so that vLLM would take itself for one of them, and how the trainer's memory is
 allocated, since vLLM cannot sleep with some of that."""
-BOOT = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from clipctl.engine.vllm_server import serve; serve(*map(int, sys.argv[2:]))"
-)
 
 
 class EngineLost(Exception):
@@ -62,10 +58,9 @@ class EngineProcess:
         self._folder = Path(tempfile.mkdtemp(prefix="clipctl-vllm-"))
         self._ready = False
         kept = {name: value for name, value in os.environ.items() if name not in NOT_FOR_THE_ENGINE}
-        path = json.dumps([path or os.getcwd() for path in sys.path])
         with theirs, self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", BOOT, path, str(theirs.fileno()), str(os.getpid())],
+                fresh_program("clipctl.engine.vllm_server", theirs.fileno(), os.getpid()),
                 pass_fds=(theirs.fileno(), *descriptors),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

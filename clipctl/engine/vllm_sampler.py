@@ -13,7 +13,7 @@ from torch import Tensor
 from clipctl.engine.vllm_process import EngineLost, EngineProcess
 from clipctl.engine.vllm_setup import EngineSetup
 from clipctl.engine.vllm_sleep import Sleep
-from clipctl.engine.vllm_weights import CudaIpc, SharedMemory
+from clipctl.engine.vllm_weights import SharedMemory, WeightPush
 from clipctl.errors import EngineError
 from clipctl.rollout import Completion, DrawKey, Prompt, SamplingParams, keyed_rng
 from clipctl.spec import Vllm
@@ -30,7 +30,7 @@ class VllmSampler:
         self,
         settings: Vllm,
         setup: EngineSetup,
-        push: SharedMemory | CudaIpc,
+        push: WeightPush,
         weights: Callable[[], Iterator[tuple[str, Tensor]]],
         tell: Callable[[str], None],
     ) -> None:
