@@ -36,7 +36,7 @@ from clipctl.checkpoint import STATE, Place, new_checkpoint
 from clipctl.control import TOLERANCE, ControlState, held, next_action, start_control
 from clipctl.engine import EnginePair, Measure, Scores, UpdateResult, check_sampler, open_engine
 from clipctl.engine.agreement import Probe, check_agreement, make_probe, push_weights
-from clipctl.engine.deepspeed_config import CONFIG_FILE, deepspeed_config
+from clipctl.engine.deepspeed_config import CONFIG_FILE
 from clipctl.engine.deepspeed_setup import check_deepspeed
 from clipctl.errors import AlarmStop, ClipctlError, DataError, DivergedError, EngineError, SpecError, StoreError
 from clipctl.eval_cache import model_hash
@@ -217,13 +217,14 @@ def train(
             with stop.interruptible():
                 # Grading processes start before torch has threads or a CUDA context to be copied.
                 scorer = stack.enter_context(open_scorer(spec.reward, grader, spec.run.seed))
-                if spec.engine.trainer == "deepspeed" and ranks.rank == 0:
-                    with writer.disk():
-                        write_whole(writer.folder / CONFIG_FILE, json.dumps(deepspeed_config(spec), indent=2).encode())
                 tell_loss = partial(tell_of_engine, ranks, writer, warn)
                 longest = longest_text(spec, data, evaluation, tokenizer)
                 engine = open_engine(spec, (earlier and earlier.checkpoint) or folder, longest, tell_loss, ranks)
                 stack.callback(engine.sampler.close)
+                if engine.trainer.configuration and ranks.rank == 0:
+                    with writer.disk():
+                        text = json.dumps(engine.trainer.configuration, indent=2)
+                        write_whole(writer.folder / CONFIG_FILE, text.encode())
                 params = SamplingParams(
                     spec.rollout.max_response_tokens,
                     spec.rollout.temperature,

@@ -285,15 +285,16 @@ def test_weights_are_gathered_and_written_by_parts(tmp_path: Path, monkeypatch: 
 
 
 def test_the_configuration_follows_from_the_spec() -> None:
-    config = deepspeed_config(deep_spec(2, "bfloat16"))
-    assert config["zero_optimization"] == {"stage": 2}
+    config = deepspeed_config(deep_spec(2, "bfloat16"), 7000)
+    assert config["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 7000}
+    assert deepspeed_config(deep_spec(2), 3 * 10**9)["zero_optimization"]["reduce_bucket_size"] == 500_000_000
     assert config["gradient_clipping"] == 0.05
     assert config["bf16"]["enabled"]
     assert config["communication_data_type"] == config["data_types"]["grad_accum_dtype"] == "fp32"
     mine = {"zero_optimization": {"reduce_bucket_size": 5000, "overlap_comm": False}, "communication_data_type": "bf16"}
     engine = {"deepspeed": {"zero_stage": 3, "offload": "all", "config": mine}}
     the_spec = deep_spec(3, engine=engine)
-    merged = deepspeed_config(the_spec)
+    merged = deepspeed_config(the_spec, 7000)
     assert merged["zero_optimization"]["reduce_bucket_size"] == 5000
     assert merged["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": False}
     assert merged["communication_data_type"] == "bf16"
@@ -323,6 +324,8 @@ def test_the_plan_counts_what_deepspeed_holds(stage: int, dtype: str, tmp_path: 
         for name, tensor in state.items()
         if name.startswith("exp_avg")
     ]
+    if stage == 3:
+        assert {bucket.buffer.numel() for bucket in ours.engine.optimizer.ipg_buckets.values()} == {count}
     # Flat tensors are padded to a few values.
     assert sum(master.nbytes for master in masters) == pytest.approx(held[MASTERS], rel=1e-3)
     assert sum(moment.nbytes for moment in moments) == pytest.approx(held[MOMENTS], rel=1e-3)

@@ -90,7 +90,12 @@ class UpdateResult:
 
 
 class Trainer(Protocol):
-    """Scores responses and takes optimizer steps. Of several ranks all call each method together, with the same batch."""
+    """Scores responses and takes optimizer steps. Of several ranks all call each method together, with the same batch.
+
+    configuration: of the library that trains, as it was given; empty where there is none.
+    """
+
+    configuration: dict[str, Any]
 
     def score(self, batch: Batch) -> Scores:
         """Statistics of the batch under the current weights, in the layout in which its updates will run."""

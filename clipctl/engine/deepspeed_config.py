@@ -1,20 +1,24 @@
-"""DeepSpeed's configuration as it follows from a run spec. Written into the run's folder as deepspeed.json."""
+"""DeepSpeed's configuration as it follows from a run spec and the model's size. Written into the run's folder as
+deepspeed.json."""
 
 from typing import Any
 
 from clipctl.spec import RunSpec, overlay
+from clipctl.training_state import BUCKET
 
 CONFIG_FILE = "deepspeed.json"
 
 
-def deepspeed_config(spec: RunSpec) -> dict[str, Any]:
-    """What `deepspeed.initialize` gets. `engine.deepspeed.config` goes over what is not ruled by other keys.
+def deepspeed_config(spec: RunSpec, weights: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` gets for a model of so many weights. `engine.deepspeed.config` goes over what is not ruled by
+    other keys.
 
     One micro-batch is one pass, whose end is marked by hand; DeepSpeed's own batch sizes mean nothing. Gradients add up and are
     summed over processes in float32, whatever the weights are.
     """
     settings, on_gpu = spec.engine.deepspeed, spec.engine.device == "cuda"
-    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    # DeepSpeed allocates the whole bucket, however small the model is.
+    zero: dict[str, Any] = {"stage": settings.zero_stage, "reduce_bucket_size": min(BUCKET, weights)}
     place = {"device": "cpu", "pin_memory": on_gpu}
     if settings.offload != "none":
         zero["offload_optimizer"] = place

@@ -67,8 +67,8 @@ class DeepSpeedTrainer:
             torch.device("cuda", torch.cuda.current_device()) if spec.engine.device == "cuda" else torch.device("cpu")
         )
         self.deepspeed = load_deepspeed(ranks, spec.engine.device)
-        config = deepspeed_config(spec)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.configuration = deepspeed_config(spec, sum(parameter.numel() for parameter in self.parameters))
         self.masters: list[nn.Parameter] = []
         module: nn.Module = self.module
         with quiet(), ranks.together(), named_keys():
@@ -77,12 +77,12 @@ class DeepSpeedTrainer:
                 module = nn.ParameterList(self.masters)
             elif self.stage == 3:
                 # Each weight goes to the GPU, and most of it from there, by itself: the whole model may not fit.
-                self.deepspeed.zero.Init(module=self.module, config_dict_or_path=config)
+                self.deepspeed.zero.Init(module=self.module, config_dict_or_path=self.configuration)
                 for buffer in self.module.buffers():
                     buffer.data = buffer.data.to(self.device)
             optimizer = OPTIMIZERS[spec.optim.optimizer](list(module.parameters()), spec.optim)
             self.engine, *_ = self.deepspeed.initialize(
-                model=module, optimizer=optimizer, config=config, dist_init_required=False
+                model=module, optimizer=optimizer, config=self.configuration, dist_init_required=False
             )
 
     def score(self, batch: Batch) -> Scores:

@@ -55,6 +55,7 @@ class TorchTrainer:
     """Trains `model` (a transformers causal LM with its attention set up) as the spec says, alone or as one of `ranks`."""
 
     def __init__(self, model: Any, spec: RunSpec, ranks: Ranks = ALONE) -> None:
+        self.configuration: dict[str, Any] = {}
         self.model = model
         self.spec = spec
         self.ranks = ranks
