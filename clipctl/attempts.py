@@ -9,8 +9,9 @@ from clipctl.checkpoint import Place, newest_good, remove_leftovers
 from clipctl.errors import AlarmStop, SpecError, StoreError
 from clipctl.folder import is_evaluation, read_json, usable_status
 from clipctl.journal import taken
+from clipctl.layers import leaves
 from clipctl.lock import lock_run
-from clipctl.spec import RunSpec, leaves, spec_from_json
+from clipctl.spec import RunSpec, spec_from_json
 
 Resume = Literal["auto", "never", "must"]
 MAY_CHANGE = ("run.steps", "run.name", "eval.", "checkpoint.")

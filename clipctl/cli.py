@@ -79,7 +79,8 @@ def train(
 
     Example: clipctl train --preset qwen3b-gsm8k --eps-low 0.15 --no-clip-high --name first
     """
-    from clipctl.spec import nest, parse_assignment, preset_layer, read_toml, resolve_spec
+    from clipctl.layers import nest
+    from clipctl.spec import parse_assignment, preset_layer, read_toml, resolve_spec
 
     flags: dict[str, Any] = {
         "clip.low": _one_of("--eps-low", eps_low, "--no-clip-low", 1.0 if no_clip_low else None),
@@ -177,7 +178,8 @@ def evaluation(
     """
     from clipctl.eval_report import check_format, eval_report, find_evaluation
     from clipctl.eval_spec import resolve_eval_spec
-    from clipctl.spec import nest, parse_assignment
+    from clipctl.layers import nest
+    from clipctl.spec import parse_assignment
 
     check_format(output)
     if (run is None) == (model is None):
@@ -474,7 +476,8 @@ def doctor(
     Example: clipctl doctor --preset qwen3b-gsm8k --set engine.device=cuda
     """
     from clipctl.doctor import FORMATS, check_needs, examine
-    from clipctl.spec import nest, parse_assignment, preset_layer, read_toml, resolve_spec
+    from clipctl.layers import nest
+    from clipctl.spec import parse_assignment, preset_layer, read_toml, resolve_spec
 
     layers = [
         preset_layer(preset) if preset else {},

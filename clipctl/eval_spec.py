@@ -10,7 +10,8 @@ from typing import Any, Literal, Self
 from pydantic import model_validator
 
 from clipctl.errors import SpecError
-from clipctl.spec import Arith, Count, Engine, EvalSettings, Group, Model, RunSpec, flatten, overlay, validate
+from clipctl.layers import overlay
+from clipctl.spec import Arith, Count, Engine, EvalSettings, Group, Model, RunSpec, flatten, validate
 
 ALONE: dict[str, Any] = {"model": {"dtype": "float32"}, "eval": {"max_response_tokens": 2048}}
 """Defaults of the evaluation of a model that no run is asked about: exact logits, and a length of its own."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from clipctl.errors import DependencyError, SpecError, StoreError
-from clipctl.spec import leaves
+from clipctl.layers import leaves
 from clipctl.store import Runs, open_runs
 
 MARK = ".clipctl-export"

@@ -9,7 +9,7 @@ import json
 import math
 import textwrap
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
 from itertools import chain
 from pathlib import Path
@@ -34,21 +34,26 @@ def as_table(table: "pa.Table", terminal: bool, width: int | None = None) -> str
     width: of the terminal. What is wider is shown in several tables, each beginning with the first column, and texts wider
     than half of it as lines below.
     """
-    if width is None:
-        return _aligned(table)
+    from rich.cells import cell_len
+
+    names = [safe_text(name) for name in table.column_names]
     rows = [[safe_text(_cell(value)) for value in row.values()] for row in table.to_pylist()]
-    widths = [max(map(_width, column)) for column in zip(table.column_names, *rows, strict=True)]
-    names = table.column_names
+    columns = [
+        _aligned(column, right=_numeric(kind)) for *column, kind in zip(names, *rows, table.schema.types, strict=True)
+    ]
+    if width is None:
+        return _beside(columns)
+    widths = [cell_len(column[0]) for column in columns]
     long = [at for at in range(1, len(names)) if widths[at] > width // 2 and not _numeric(table.schema[at].type)]
     groups: list[list[int]] = [[0]]
     for at in (at for at in range(1, len(names)) if at not in long):
         if len(groups[-1]) > 1 and sum(widths[i] + 2 for i in groups[-1]) + widths[at] > width:
             groups.append([0])
         groups[-1].append(at)
-    parts = [_aligned(table.select(group)) for group in groups]
+    parts = [_beside([columns[at] for at in group]) for group in groups]
     for at in long:
         lines = [line for row in rows if row[at] for line in _folded(f"{row[0]}: {row[at]}", width)]
-        parts.append("\n".join([safe_text(names[at]), *lines]))
+        parts.append("\n".join([names[at], *lines]))
     return "\n\n".join(parts)
 
 
@@ -56,23 +61,21 @@ def _folded(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
 
 
-def _aligned(table: "pa.Table") -> str:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def _aligned(cells: Sequence[str], *, right: bool) -> list[str]:
+    """A heading and the cells below it, all as wide as the widest of them."""
+    from rich.cells import cell_len
 
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-    for field in table.schema:
-        shown.add_column(Text(safe_text(field.name)), no_wrap=True, justify="right" if _numeric(field.type) else "left")
-    rows = [[safe_text(_cell(value)) for value in row.values()] for row in table.to_pylist()]
-    for row in rows:
-        shown.add_row(*map(Text, row))
-    widths = [max(map(_width, column)) for column in zip(table.column_names, *rows, strict=True)]
-    buffer = io.StringIO()
-    console = Console(file=buffer, width=sum(widths) + 4 * len(widths) + 4, force_terminal=False)
-    console.print(shown)
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines() if line.strip())
+    widths = [cell_len(cell) for cell in cells]
+    blanks = [" " * (max(widths) - width) for width in widths]
+    return [blank + cell if right else cell + blank for cell, blank in zip(cells, blanks, strict=True)]
+
+
+def _beside(columns: Sequence[Sequence[str]]) -> str:
+    """Aligned columns as lines, with a rule below the headings."""
+    from rich.cells import cell_len
+
+    heading, *lines = map("  ".join, zip(*columns, strict=True))
+    return "\n".join(line.rstrip() for line in (heading, "─" * cell_len(heading), *lines))
 
 
 def as_csv(table: "pa.Table", terminal: bool) -> str:
@@ -230,6 +233,8 @@ FORMATS = ("table", "json", "csv", "parquet", "md")
 
 def safe_text(text: str) -> str:
     """Text that a terminal shows and never obeys: control characters (C0, C1, ESC) and bidi controls made visible."""
+    if text.isprintable():
+        return text
     return "".join(
         f"\\x{ord(character):02x}" if unicodedata.category(character) in ("Cc", "Cf", "Cs") else character
         for character in text.replace("\n", "⏎")
@@ -260,7 +265,3 @@ def _numeric(kind: Any) -> bool:
     import pyarrow.types as types
 
     return bool(types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind))
-
-
-def _width(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in safe_text(text))

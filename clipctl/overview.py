@@ -1,6 +1,9 @@
 """The overview: a row for each run, with what its entropy does and why."""
 
+import io
+import json
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clipctl.sparkline import sparkline
@@ -86,9 +89,7 @@ def overview(runs: Runs) -> "pa.Table":
     mean_at_k, pass_at_k: of the run's last complete evaluation, else of its training groups; measured_on says which. clip
     percentages are over all updates. A column `problem` is there where a run has one.
     """
-    import pyarrow as pa
-
-    table = pa.Table.from_pylist([_row(found) for found in runs.table(OVERVIEW).to_pylist()], schema=_schema())
+    table = _table([_row(found) for found in runs.table(OVERVIEW).to_pylist()])
     return table.drop_columns(["problem"]) if table["problem"].null_count == len(table) else table
 
 
@@ -96,6 +97,19 @@ def shown(table: "pa.Table") -> "pa.Table":
     """The columns of the printed table under their short headings."""
     kept = [name for name in SHOWN if name in table.column_names]
     return table.select(kept).rename_columns([HEADINGS.get(name, name) for name in kept])
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> "pa.Table":
+    """As JSON, which pyarrow reads by itself: for Python's own values it would import pandas, which takes longer than all else
+    that is done with the rows."""
+    from pyarrow.json import ParseOptions, read_json
+
+    schema = _schema()
+    if not rows:
+        return schema.empty_table()
+    lines = "\n".join(json.dumps({name: row.get(name) for name in schema.names}) for row in rows)
+    options = ParseOptions(explicit_schema=schema, unexpected_field_behavior="error")
+    return read_json(io.BytesIO(lines.encode()), parse_options=options)
 
 
 def _schema() -> "pa.Schema":

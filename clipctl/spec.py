@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from clipctl.errors import SpecError
+from clipctl.layers import leaves, nest, overlay
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -270,7 +271,7 @@ class DeepSpeed(Group):
             raise ValueError(f"offload = {self.offload!r} needs zero_stage 1, 2 or 3, found 0")
         if self.offload == "all" and self.zero_stage != 3:
             raise ValueError(f"offload = 'all' needs zero_stage = 3, found {self.zero_stage}; or offload = 'optimizer'")
-        for key in _dotted(self.config):
+        for key, _ in leaves(self.config):
             ruler = next((DEEPSPEED_RULED[name] for name in _heads(key) if name in DEEPSPEED_RULED), None)
             if ruler is not None:
                 raise ValueError(f"config.{key}: is ruled by {ruler}; set that, and leave this out")
@@ -307,11 +308,6 @@ DEEPSPEED_RULED = {
     "checkpoint.load_universal": "engine.trainer: its checkpoints are not universal ones",
 }
 """Keys that follow from others of the spec, which decides them."""
-
-
-def _dotted(nested: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in nested.items():
-        yield from _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else (f"{prefix}{key}",)
 
 
 def _heads(key: str) -> list[str]:
@@ -626,14 +622,6 @@ def validate(model: type[Spec], layer: Mapping[str, Any]) -> Spec:
         raise SpecError(_one_line(error, model)) from None
 
 
-def overlay(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts, later ones over earlier ones."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        merged = _overlay(merged, layer)
-    return merged
-
-
 def parse_assignment(text: str) -> tuple[str, Any]:
     """`KEY=VALUE` of --set: the value is read as TOML, and as a plain string where it is no TOML."""
     key, equals, value = text.partition("=")
@@ -643,21 +631,6 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except (tomllib.TOMLDecodeError, KeyError):
         return key.strip(), value.strip()
-
-
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys to nested dicts: `{"clip.low": 0.1}` to `{"clip": {"low": 0.1}}`."""
-    nested: dict[str, Any] = {}
-    for dotted, value in flat.items():
-        *groups, key = dotted.split(".")
-        place = nested
-        for group in groups:
-            child = place.setdefault(group, {})
-            if not isinstance(child, dict):
-                raise SpecError(f"{dotted}: {group} is a value, not a group")
-            place = child
-        place[key] = value
-    return nested
 
 
 def spec_json(spec: RunSpec) -> str:
@@ -683,34 +656,10 @@ def flatten(spec: BaseModel) -> dict[str, Any]:
     return dict(leaves(spec.model_dump()))
 
 
-def leaves(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested mappings, the inverse of `nest`; lists are values."""
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def presets_folder() -> Path:
     """Where the presets lie: in the package where it is installed, beside it in a checkout."""
     shipped = Path(__file__).parent / "presets"
     return shipped if shipped.is_dir() else Path(__file__).parent.parent / "presets"
-
-
-def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        under = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(under, Mapping) and not _changes_kind(under, value):
-            merged[key] = _overlay(under, value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _changes_kind(under: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
-    return bool(value.get("kind", under.get("kind")) != under.get("kind"))
 
 
 def _one_line(error: ValidationError, model: type[BaseModel]) -> str:

@@ -17,14 +17,13 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from clipctl.errors import SpecError
+from clipctl.layers import leaves, nest
 from clipctl.spec import (
     NAME_PATTERN,
     Count,
     Group,
     RunSpec,
-    leaves,
     nearest,
-    nest,
     preset_layer,
     preset_names,
     presets_folder,

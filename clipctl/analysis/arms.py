@@ -13,7 +13,7 @@ from itertools import takewhile
 from typing import Any
 
 from clipctl.errors import SpecError
-from clipctl.spec import leaves
+from clipctl.layers import leaves
 from clipctl.store import Runs
 
 LEVEL = 0.95

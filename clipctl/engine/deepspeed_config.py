@@ -3,7 +3,8 @@ deepspeed.json."""
 
 from typing import Any
 
-from clipctl.spec import RunSpec, overlay
+from clipctl.layers import overlay
+from clipctl.spec import RunSpec
 from clipctl.training_state import BUCKET
 
 CONFIG_FILE = "deepspeed.json"
