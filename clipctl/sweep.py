@@ -76,7 +76,6 @@ def run_sweep(
     Raises SweepFailed when some runs failed, in this launch or before, after all others have ended; Preempted or Interrupted
     when a signal, or the end of a Slurm job, stopped it, after the runs have saved and ended.
     """
-    (folder / "logs").mkdir(exist_ok=True)
     longest = max(place.member.spec.checkpoint.grace for place in placed)
     margin = max(place.member.spec.checkpoint.margin for place in placed)
     with catch_signals() as stop:
@@ -196,6 +195,8 @@ class _Launch:
         self.progress.running.add(place.member.name)
         # The sweep passes the end of a Slurm job on; two notices of it would be two requests.
         environment = {**share.environment, "SLURM_JOB_END_TIME": ""}
+        # Not before: readers name an empty folder.
+        (self.folder / "logs").mkdir(exist_ok=True)
         self._server.start(self._count, (*place.command, *self.more), self._log(place), share.cores, environment)
 
     def _is_done(self, place: Placed) -> bool:

@@ -25,6 +25,7 @@ from clipctl.cli import app
 from clipctl.errors import SpecError
 from clipctl.eval_report import find_evaluation, metric_rows
 from clipctl.journal import create_run
+from clipctl.layers import leaves
 from clipctl.panels import dots, paths, scatter
 from clipctl.panels import lines as panel_lines
 from clipctl.plots import legend_of, save_chart
@@ -164,6 +165,11 @@ def test_values_where_room_is_short() -> None:
     ]  # fmt: skip
     assert flat_spec('{"clip": {"low": 0.2}, "eval": {"k": [1]}}') == {"clip.low": 0.2, "eval.k": [1]}
     assert flat_spec(None) == {}
+    whole = load_spec("tiny", {"clip.high": math.inf})
+    earlier = json.loads(spec_json(whole))
+    del earlier["engine"]["vllm"], earlier["ledger"]
+    assert flat_spec(json.dumps(earlier)) == dict(leaves(json.loads(spec_json(whole)))) | {"ledger.network_every": 0}
+    assert flat_spec(spec_json(whole))["clip.high"] == "Infinity"
 
 
 def test_entropy(runs: Runs, folder: Path) -> None:

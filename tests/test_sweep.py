@@ -380,6 +380,8 @@ def test_sweeps_share_runs(tmp_path: Path) -> None:
     assert "nothing: finished, as runs/s/low0.2-0" in errors
     assert rows(tmp_path / "runs" / "other", "select run_id from runs order by all") == [("low0.2-0",), ("low0.3-0",)]
     assert len(rows(tmp_path / "runs", "select run_id from runs")) == 3
+    assert ended(started(tmp_path, TINY, "--grid", "clip.low=0.3", "--name", "third"))[0] == 0
+    assert rows(tmp_path / "runs" / "third", "select run_id, problem from runs") == [("low0.3-0", None)]
 
 
 @pytest.mark.slow

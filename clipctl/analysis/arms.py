@@ -7,6 +7,7 @@ the same seed are no independent draws, so by default each of them stays by itse
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
@@ -34,9 +35,19 @@ class Arm:
     pairs: Mapping[str, str]
 
 
-def flat_spec(spec: str | None) -> dict[str, Any]:
-    """A spec's JSON as key → value, `{"clip.low": 0.2, ...}`; lists are values. Empty for a run without a spec."""
-    return dict(leaves(json.loads(spec or "{}")))
+def flat_spec(text: str | None) -> dict[str, Any]:
+    """A spec's JSON as key → value, `{"clip.low": 0.2, ...}`; lists are values. Empty for a run without a spec.
+
+    A key that came after the run has its default, which is what the run did. A spec that this version does not read stays
+    as it is.
+    """
+    from clipctl.spec import spec_from_json, spec_json
+
+    if text is None:
+        return {}
+    with suppress(SpecError):
+        text = spec_json(spec_from_json(text))
+    return dict(leaves(json.loads(text)))
 
 
 def specs_of(runs: Runs) -> dict[str, dict[str, Any]]:
