@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from clipctl.checkpoint import Place, newest_good, remove_leftovers
+from clipctl.checkpoint import Place, newest_good, processes_of, remove_leftovers
 from clipctl.errors import AlarmStop, SpecError, StoreError
 from clipctl.folder import is_evaluation, read_json, usable_status
 from clipctl.journal import taken
@@ -38,11 +38,14 @@ class Earlier:
         return None if self.place is None else self.folder / "checkpoints" / str(self.place)
 
 
-def find_earlier(folder: Path, spec: RunSpec, resume: Resume, warn: Callable[[str], None]) -> Earlier | None:
+def find_earlier(
+    folder: Path, spec: RunSpec, resume: Resume, warn: Callable[[str], None], processes: int = 1
+) -> Earlier | None:
     """What was done of the run so far, None where nothing was.
 
-    Raises SpecError for a name that `resume` refuses, for another spec and for a run that is being run, AlarmStop for one
-    that an alarm ended, StoreError for a damaged one. Cheap where nothing was done; else checkpoints are read whole.
+    processes: that would go on with it. Raises SpecError for a name that `resume` refuses, for another spec, for a run that is
+    being run and for DeepSpeed's checkpoint of another number of processes, AlarmStop for one that an alarm ended, StoreError
+    for a damaged one. Cheap where nothing was done; else checkpoints are read whole.
     """
     if resume == "must" and not (folder / "spec.json").exists():
         raise SpecError(
@@ -55,13 +58,13 @@ def find_earlier(folder: Path, spec: RunSpec, resume: Resume, warn: Callable[[st
     _refuse_other_folders(folder)
     lock = lock_run(folder, warn)
     try:
-        return _look_at(folder, spec, lock)
+        return _look_at(folder, spec, lock, processes)
     except BaseException:
         lock.close()
         raise
 
 
-def _look_at(folder: Path, spec: RunSpec, lock: IO[str]) -> Earlier:
+def _look_at(folder: Path, spec: RunSpec, lock: IO[str], processes: int) -> Earlier:
     if not (folder / "spec.json").exists():
         return Earlier(folder, lock, {}, None, [], finished=False)
     status = _status_of(folder)
@@ -71,7 +74,10 @@ def _look_at(folder: Path, spec: RunSpec, lock: IO[str]) -> Earlier:
     remove_leftovers(folder / "checkpoints")
     place, problems = newest_good(folder / "checkpoints")
     _refuse_going_back(folder, spec, status, place)
-    return Earlier(folder, lock, status, place, problems, finished=False)
+    earlier = Earlier(folder, lock, status, place, problems, finished=False)
+    if earlier.checkpoint is not None and spec.engine.trainer == "deepspeed":
+        _refuse_other_processes(earlier.checkpoint, processes)
+    return earlier
 
 
 def spec_changes(before: RunSpec, now: RunSpec, may_change: tuple[str, ...] = MAY_CHANGE) -> list[str]:
@@ -135,6 +141,15 @@ def _refuse_going_back(folder: Path, spec: RunSpec, status: Mapping[str, Any], p
         raise SpecError(
             f"run.steps = {spec.run.steps}: {folder.name!r} has {done.rollouts} rollouts"
             f"{' and a part of another one' if done.updates else ''} already"
+        )
+
+
+def _refuse_other_processes(checkpoint: Path, processes: int) -> None:
+    saved = processes_of(checkpoint)
+    if saved != processes:
+        raise SpecError(
+            f"the checkpoint is one of {saved} process{'es' * (saved > 1)} and {processes} {'are' if processes > 1 else 'is'} "
+            f"started: with engine.trainer = 'deepspeed' a run goes on with as many as it had"
         )
 
 

@@ -88,6 +88,11 @@ def newest_good(checkpoints: Path) -> tuple[Place | None, list[str]]:
     return None, []
 
 
+def processes_of(checkpoint: Path) -> int:
+    """How many processes wrote it."""
+    return int(json.loads((checkpoint / STATE / "state.json").read_bytes())["versions"]["processes"])
+
+
 def damage(checkpoint: Path, *, state: bool = True) -> str | None:
     """What is wrong with a checkpoint, None where every file is as it was written. Reads it whole; without `state`, only what
     is not needed for going on alone."""

@@ -263,7 +263,7 @@ def earlier_attempt(
 ) -> Earlier | None:
     """What rank 0 finds of the run, and locks."""
     if ranks.rank == 0:
-        mine = find_earlier(check_place(runs_dir, name), spec, resume, warn)
+        mine = find_earlier(check_place(runs_dir, name), spec, resume, warn, ranks.size)
         ranks.broadcast(None if mine is None else replace(mine, lock=None))
         return mine
     return ranks.broadcast(None)

@@ -136,7 +136,12 @@ def test_two_processes_that_are_told_to_stop_go_on_bit_for_bit(runs: Runs, tmp_p
         check=False,
     )
     assert refused.returncode == 2, refused.stderr
-    assert "the checkpoint is one of 2 processes and these are 1" in refused.stderr.splitlines()[-1]
+    assert refused.stderr == (
+        "clipctl: the checkpoint is one of 2 processes and 1 is started: with engine.trainer = 'deepspeed' a run goes on with "
+        "as many as it had\n"
+    )
+    status = json.loads((tmp_path / "3-2" / "status.json").read_text())
+    assert (status["state"], status["attempt"]) == ("interrupted", 0)
     done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert_same(tmp_path / "3-2", runs(3, 2), 3)

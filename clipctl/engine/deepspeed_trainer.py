@@ -181,19 +181,11 @@ class DeepSpeedTrainer:
         """DeepSpeed's own files, of each rank what it holds, and the probe's log-probabilities. Raises OSError."""
         with quiet(), self.ranks.together(), disk_errors():
             self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
-        if self.ranks.rank == 0:
-            (folder / "ranks").write_text(str(self.ranks.size))
-            if probe and self.probe is not None:
-                save_file(self.probe.tensors(), folder / PROBE_FILE)
+        if self.ranks.rank == 0 and probe and self.probe is not None:
+            save_file(self.probe.tensors(), folder / PROBE_FILE)
 
     def load_state(self, folder: Path) -> None:
-        """The inverse of `save_state`. Raises SpecError for one of another number of ranks."""
-        saved = int((folder / "ranks").read_text())
-        if saved != self.ranks.size:
-            raise SpecError(
-                f"the checkpoint is one of {saved} processes and these are {self.ranks.size}: with engine.trainer = 'deepspeed' "
-                f"a run goes on with as many as it had; start {saved}"
-            )
+        """The inverse of `save_state`, by as many ranks."""
         with quiet(), self.ranks.together():
             self.engine.load_checkpoint(str(folder), tag=TAG)
         copy_back(self.parameters if self.masters else [], self.masters)
