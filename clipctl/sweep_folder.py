@@ -123,8 +123,9 @@ def record_sweep(runs_dir: Path, name: str, sweep: SweepSpec, placed: Sequence[P
                 "values": {key: str(value) for key, value in place.member.values.items()},
             }
             _link(folder / place.member.name, place)
-        content = {"kind": "sweep", "name": name, "sweep": sweep.model_dump(mode="json"), "runs": list(runs.values())}
-        write_whole(folder / RECORD, json.dumps(content, indent=2).encode())
+        of_sweep = json.loads(sweep.model_dump_json())
+        content = {"kind": "sweep", "name": name, "sweep": of_sweep, "runs": list(runs.values())}
+        write_whole(folder / RECORD, json.dumps(content, indent=2, allow_nan=False).encode())
     except OSError as error:
         raise StoreError(f"--runs-dir: {folder} cannot be written: {error.strerror}") from None
     return folder
