@@ -44,6 +44,12 @@ def test_every_module_is_in_the_table_of_files() -> None:
             assert module.name in files, module.name
 
 
+def test_the_plots_of_the_results_are_there_and_small() -> None:
+    shown = set(re.findall(r"!\[[^]]+\]\(docs/(\S+)\)", (ROOT / "RESULTS.md").read_text()))
+    assert shown == {path.name for path in (ROOT / "docs").iterdir()}
+    assert all((ROOT / "docs" / name).stat().st_size < 100_000 for name in shown)
+
+
 @pytest.mark.parametrize("command", ["train", "eval", "sweep", "analyze", "theory", "export", "doctor"])
 def test_every_option_is_named(command: str) -> None:
     done = subprocess.run(
