@@ -7,6 +7,7 @@ from typing import IO, Any, Literal
 
 from clipctl.checkpoint import Place, newest_good, processes_of, remove_leftovers
 from clipctl.errors import AlarmStop, SpecError, StoreError
+from clipctl.fold import store_problem
 from clipctl.folder import is_evaluation, read_json, usable_status
 from clipctl.journal import taken
 from clipctl.layers import leaves
@@ -71,6 +72,12 @@ def _look_at(folder: Path, spec: RunSpec, lock: IO[str], processes: int) -> Earl
     _refuse_other_specs(folder, spec)
     if status["state"] == "finished" and spec.run.steps <= status["rollouts"]:
         return Earlier(folder, lock, status, None, [], finished=True)
+    problem = store_problem(folder)
+    if problem is not None:
+        raise StoreError(
+            f"{folder / 'metrics.duckdb'} cannot be gone on with: {problem}; move it away to go on without the rows that it "
+            "holds, or start anew under another --name"
+        )
     remove_leftovers(folder / "checkpoints")
     place, problems = newest_good(folder / "checkpoints")
     _refuse_going_back(folder, spec, status, place)

@@ -5,13 +5,14 @@ import os
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
 from clipctl import __version__
-from clipctl.errors import ClipctlError, SpecError
+from clipctl.errors import ClipctlError, Interrupted, Preempted, SpecError
 
 app = typer.Typer(
     name="clipctl",
@@ -258,7 +259,7 @@ def sweep(
     --preset fig3 --dry-run
     """
     from clipctl.spec import parse_assignment
-    from clipctl.sweep_spec import default_name, expand, file_sweep, parse_list, preset_sweep, resolve_sweep
+    from clipctl.sweep_spec import default_name, expand, file_sweep, parse_lists, preset_sweep, resolve_sweep
 
     if (preset is None) == (spec is None):
         raise SpecError("sweep: give one of --preset NAME and --spec FILE")
@@ -269,8 +270,8 @@ def sweep(
     described = resolve_sweep(
         preset_sweep(preset) if preset is not None else file_sweep(Path(str(spec))),
         dict(parse_assignment(text) for text in assignments or ()),
-        dict(parse_list(text) for text in grid or ()),
-        dict(parse_list(text, "--zip") for text in zipped or ()),
+        parse_lists(grid or (), "--grid"),
+        parse_lists(zipped or (), "--zip"),
         seeds,
     )
     members = expand(described)
@@ -280,7 +281,7 @@ def sweep(
     if dry_run:
         from clipctl.sweep_view import table_lines
 
-        print("\n".join(table_lines(place_members(runs_dir, title, members))))
+        print("\n".join(table_lines(place_members(runs_dir, title, members), retry_failed=retry_failed)))
         return
     if launcher == "slurm":
         from clipctl import slurm as cluster
@@ -306,7 +307,8 @@ def sweep(
     with planning(runs_dir):
         placed = place_members(runs_dir, title, members)
         folder = record_sweep(runs_dir, title, described, placed)
-    print("\n".join([*table_lines(placed), *(f"warning: {line}" for line in warnings)]), file=sys.stderr, flush=True)
+    lines = [*table_lines(placed, retry_failed=retry_failed), *(f"warning: {line}" for line in warnings)]
+    print("\n".join(lines), file=sys.stderr, flush=True)
     with show_sweep(folder) as (tell, watch):
         run_sweep(folder, placed, shares, retry_failed=retry_failed, nproc=nproc, tell=tell, watch=watch)
     print("\n".join(f"draw it: {line}" for line in views_lines(described, folder)), file=sys.stderr)
@@ -541,6 +543,11 @@ def _one_of(flag: str, value: float | None, off_flag: str, off_value: float | No
     return value if value is not None else off_value
 
 
+def _stop_early(early: list[str], number: int, frame: object) -> None:
+    early.append(signal.Signals(number).name)
+    raise KeyboardInterrupt
+
+
 def _end(code: int, line: str, told: bool) -> NoReturn:
     # The code is decided: a further signal must not change it while Python shuts down.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -556,11 +563,20 @@ def main() -> NoReturn:
     # A shell script's background job starts with SIGINT ignored; all three signals must end a run cleanly.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    early: list[str] = []
+    if next((word for word in sys.argv[1:] if not word.startswith("-")), "") in ("train", "sweep", "eval"):
+        # Those that go on: what a scheduler sends before they have handlers of their own is a request like later ones.
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, partial(_stop_early, early))
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         # The launcher of deepspeed adds --local_rank to every command line.
         app(args=[word for word in sys.argv[1:] if word != "--debug" and not word.startswith("--local_rank=")])
+    except SystemExit as end:
+        if early and end.code == Interrupted.exit_code:
+            _end(Preempted.exit_code, f"clipctl: stopped by {early[0]}; the same command goes on", False)
+        raise
     except BrokenPipeError:
         # Whoever read has enough; what Python would still flush goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

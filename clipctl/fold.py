@@ -58,6 +58,24 @@ def fold(folder: Path) -> None:
             (folder / "journal" / name).unlink()
 
 
+def store_problem(folder: Path) -> str | None:
+    """Why metrics.duckdb cannot be read whole; None where it can, or is not there. Reads all of it."""
+    import duckdb
+
+    with plain_path(folder) as path, duckdb.connect(":memory:") as source:
+        if not (path / "metrics.duckdb").is_file():
+            return None
+        try:
+            source.execute(f"attach {quoted(path / 'metrics.duckdb')} as stored (read_only)")
+            ((version,),) = source.execute("select version from stored.store_version").fetchall()
+            query = "select table_name from duckdb_tables() where database_name = 'stored'"
+            for (table,) in source.execute(query).fetchall():
+                source.execute(f"select sum(hash(t)) from stored.{table} as t").fetchall()
+        except duckdb.Error as error:
+            return str(error).splitlines()[0]
+    return f"it has schema {version}, this clipctl writes {SCHEMA_VERSION}" if version > SCHEMA_VERSION else None
+
+
 @contextmanager
 def _place_to_build(beside: Path) -> Iterator[Path]:
     """The file to build; where DuckDB cannot write it by its name (it follows links, and takes what follows a question mark

@@ -12,15 +12,16 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
 from clipctl.errors import DependencyError, EngineError, Preempted, SpecError, StoreError, SweepFailed
+from clipctl.folder import read_json
 from clipctl.segments import write_whole
 from clipctl.slurm_job import SlurmRun, one_line
-from clipctl.sweep_folder import Placed, is_left
+from clipctl.sweep_folder import Placed, is_left, is_running
 
 LOOK_SECONDS = 10.0
 """Between two looks at runs and queue."""
@@ -98,7 +99,7 @@ def print_script(folder: Path, placed: Sequence[Placed], jobs: int, options: Opt
     lines = [
         "#!/bin/bash",
         *(
-            f"#SBATCH --{key.replace('_', '-')}" + ("" if value is True else f"={value}")
+            f"#SBATCH --{key.replace('_', '-')}" + ("" if value is True else f"={shlex.quote(str(value))}")
             for key, value in flags.items()
         ),
         "runs=(",
@@ -124,8 +125,12 @@ def submit(
     """Submits what is left to do as one array; run → job of those that wait or run, these included. Call it within
     `planning`, so that two launches do not submit one run twice. Raises DependencyError without Slurm or submitit, SpecError
     where sbatch refuses."""
-    queued = queued_runs(folder)
-    left = [place for place in placed if place.member.name not in queued and is_left(place.outlook, retry_failed)]
+    queued = queued_runs(folder, placed)
+    left = [
+        place
+        for place in placed
+        if place.member.name not in queued and is_left(place.outlook, retry_failed) and not is_running(place.folder)
+    ]
     if not left:
         return queued
     try:
@@ -154,7 +159,8 @@ def submit(
     except (FailedJobError, FailedSubmissionError) as error:
         raise SpecError(f"--launcher slurm: sbatch refused: {one_line(str(error))}") from None
     submitted = {place.member.name: str(job.job_id) for place, job in zip(left, started, strict=True)}
-    write_whole(folder / "slurm" / "jobs.json", json.dumps({**_submitted(folder), **submitted}, indent=2).encode())
+    record = folder / "slurm" / "jobs.json"
+    write_whole(record, json.dumps({**read_json(record, []), **submitted}, indent=2).encode())
     return {**queued, **submitted}
 
 
@@ -176,13 +182,14 @@ def place_of_logs(folder: Path) -> None:
         raise StoreError(f"{folder / 'slurm'}: {error.strerror}") from None
 
 
-def queued_runs(folder: Path) -> dict[str, str]:
-    """Run → job of those that Slurm's queue has, waiting or running. Raises DependencyError where there is no Slurm."""
+def queued_runs(folder: Path, placed: Sequence[Placed]) -> dict[str, str]:
+    """Run → job of those that Slurm's queue has, waiting or running, whichever sweep submitted them. folder: of the sweep.
+    Raises DependencyError where there is no Slurm, EngineError where it does not answer."""
     if shutil.which("squeue") is None:
         raise DependencyError(
             "--launcher slurm: squeue and sbatch are not on the PATH; run it where jobs are submitted from"
         )
-    jobs = _submitted(folder)
+    jobs = [(run, job) for record in folder.parent.glob("*/slurm/jobs.json") for run, job in _submitted(record)]
     if not jobs:
         return {}
     query = ["squeue", "--noheader", "--array", "--me", "--format=%i"]
@@ -190,15 +197,15 @@ def queued_runs(folder: Path) -> dict[str, str]:
     if done.returncode:
         raise EngineError(f"squeue: {one_line(done.stderr)}")
     queue = set(done.stdout.split())
-    return {name: job for name, job in jobs.items() if job in queue}
+    queued = {run: job for run, job in jobs if job in queue}
+    names = {place.folder.resolve(): place.member.name for place in placed}
+    return {name: queued[run] for run, name in names.items() if run in queued}
 
 
-def _submitted(folder: Path) -> dict[str, str]:
-    try:
-        found = json.loads((folder / "slurm" / "jobs.json").read_text())
-    except FileNotFoundError:
-        return {}
-    return {str(name): str(job) for name, job in found.items()}
+def _submitted(record: Path) -> Iterator[tuple[Path, str]]:
+    """Folders of runs, and their jobs, that were submitted with a sweep; none where the record is damaged."""
+    for name, job in read_json(record, []).items():
+        yield (record.parents[1] / name).resolve(), str(job)
 
 
 def wait_for_runs(
@@ -207,14 +214,27 @@ def wait_for_runs(
     """Tells what becomes of the runs until none of them is in the queue. Raises SweepFailed for those that failed, Preempted
     where some are neither finished nor in the queue any more. Ctrl-C ends the waiting and leaves the jobs alone."""
     told: dict[str, str] = {}
+    silent = False
     while True:
-        queued = queued_runs(folder)
+        try:
+            queued, known = queued_runs(folder, placed), True
+        except EngineError as error:
+            # A controller that restarts ends no job.
+            queued, known = {}, False
+            if not silent:
+                tell(f"{error}; asked again until it answers")
+        silent = not known
         for place in placed:
             words = f"{place.outlook}, {place.rollouts}/{place.member.spec.run.steps} rollouts"
             if told.get(place.member.name, f"missing, 0/{place.member.spec.run.steps} rollouts") != words:
                 tell(f"{place.member.name}: {words}")
             told[place.member.name] = words
-        if not any(place.member.name in queued for place in placed):
+        if not any(
+            place.member.name in queued
+            or is_running(place.folder)
+            or (not known and is_left(place.outlook, retry_failed=False))
+            for place in placed
+        ):
             break
         time.sleep(seconds)
     failed = [place.member.name for place in placed if place.outlook == "failed"]

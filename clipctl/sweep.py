@@ -11,7 +11,7 @@ from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import IO
 
-from clipctl.errors import Preempted, StoreError, SweepFailed
+from clipctl.errors import Interrupted, Preempted, StoreError, SweepFailed
 from clipctl.fork_server import ForkServer
 from clipctl.interrupts import StopNow, StopRequests, catch_signals, job_end
 from clipctl.shares import Share
@@ -124,9 +124,13 @@ class _Launch:
         tell: Tell,
     ) -> None:
         self.folder, self.waiting, self.free, self.more = folder, placed, shares, more
-        self.retry_failed, self.tell = retry_failed, tell
+        self.tell = tell
+        # What fails while this launch waits for it was tried again already.
+        self.again = {
+            place.member.name: place.attempt for place in placed if retry_failed and place.outlook == "failed"
+        }
         self.progress = Progress(len(placed))
-        self.crashed = False
+        self.crashed, self.stopping = False, False
         self._server = ForkServer(folder / "logs" / "server.txt", gpus=any(share.gpus is not None for share in shares))
         self._running: dict[int, _Running] = {}
         self._count = 0
@@ -156,6 +160,7 @@ class _Launch:
             running.claim.close()
 
     def _end_all(self, stop: StopRequests, watch: Callable[[Progress], None]) -> None:
+        self.stopping = True
         if self._running:
             self.tell(f"{stop.reason}: {len(self._running)} runs save and stop")
             self._server.signal(SIGINT if stop.by_hand else SIGTERM)
@@ -202,7 +207,7 @@ class _Launch:
     def _is_done(self, place: Placed) -> bool:
         """Whether there is nothing left to do of a run that waits; it is told and counted then."""
         outlook = place.outlook
-        if is_left(outlook, self.retry_failed):
+        if is_left(outlook, self.again.get(place.member.name) == place.attempt):
             return False
         self.waiting.remove(place)
         self.progress.ended[place.member.name] = FAILED_BEFORE if outlook == "failed" else None
@@ -226,6 +231,9 @@ class _Launch:
                 # A process outside of any sweep was faster.
                 self.waiting.append(running.place)
                 continue
+            if self.stopping and code in (-SIGINT, -SIGTERM):
+                # Told to stop before it had its handlers, and so before it had anything to save.
+                code = Interrupted.exit_code if code == -SIGINT else Preempted.exit_code
             self.crashed |= code < 0
             self.progress.ended[name] = code
             self.tell(f"{name}: {self._end_words(running, code)}")

@@ -29,6 +29,9 @@ RECORD = "sweep.json"
 CLAIM = ".claim"
 """In a run's folder; locked by the sweep that runs it, from before its process starts until after it ended."""
 
+MAY_CHANGE_LATER = ("run.steps", "run.name", "checkpoint.")
+"""Keys, and groups of keys, that may be otherwise for a run that is finished."""
+
 Outlook = Literal["missing", "unfinished", "finished", "stopped", "failed"]
 """What is left to do of a run: all of it, its rest, or nothing."""
 
@@ -45,6 +48,11 @@ class Placed:
     def command(self) -> tuple[str, ...]:
         """What `clipctl` is told."""
         return (*self.member.command, "--name", self.folder.name, "--runs-dir", str(self.folder.parent))
+
+    @property
+    def attempt(self) -> int:
+        """Number of the last attempt, -1 before the first."""
+        return int(_status(self.folder).get("attempt", -1))
 
     @property
     def rollouts(self) -> int:
@@ -91,7 +99,7 @@ def place_members(runs_dir: Path, name: str, members: Sequence[Member]) -> list[
         own = runs_dir / name / member.name
         has_own = own.is_dir() and not own.is_symlink()
         if has_own:
-            _refuse_other_spec(own, member)
+            _refuse_other_spec(Placed(member, own, shared=False))
         folder = own if has_own else known.get(member.identity, own)
         placed.append(Placed(member, folder, shared=folder != own))
     return placed
@@ -159,8 +167,16 @@ def is_running(folder: Path) -> bool:
         return True
     if not (folder / ".lock").exists():
         return False
-    with (folder / ".lock").open("a") as file:
+    with _opened(folder / ".lock") as file:
         return not try_lock(file)
+
+
+def _opened(lock: Path) -> IO[str]:
+    """To be locked, which some file systems allow a writer only; to be looked at where this process may not write."""
+    try:
+        return lock.open("a")
+    except OSError:
+        return lock.open()
 
 
 def try_lock(file: IO[str], *, wait: bool = False) -> bool:
@@ -195,13 +211,19 @@ def _known_runs(runs_dir: Path) -> dict[str, Path]:
     return {key: runs_dir / os.path.relpath(folder, runs_dir.resolve()) for key, folder in found.items()}
 
 
-def _refuse_other_spec(folder: Path, member: Member) -> None:
-    before = _spec(folder)
-    changes = spec_changes(before, member.spec) if before is not None else []
-    if changes:
+def _refuse_other_spec(place: Placed) -> None:
+    before, now = _spec(place.folder), place.member.spec
+    if before is None:
+        return
+    if changes := spec_changes(before, now):
         raise SpecError(
-            f"--name: {folder} was begun with another spec: {'; '.join(changes)}; only run.steps, eval.* and checkpoint.* may "
-            "change: choose another --name"
+            f"--name: {place.folder} was begun with another spec: {'; '.join(changes)}; only run.steps, eval.* and "
+            "checkpoint.* may change: choose another --name"
+        )
+    if place.outlook == "finished" and (changes := spec_changes(before, now, MAY_CHANGE_LATER)):
+        raise SpecError(
+            f"--name: {place.folder} is finished, with another evaluation: {'; '.join(changes)}; choose another --name, or "
+            f"evaluate what it saved: clipctl eval --run {place.folder}"
         )
 
 

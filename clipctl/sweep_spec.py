@@ -61,8 +61,8 @@ class SweepSpec(Group):
     """Dotted key → values; the first ones of all lists are one arm, the second ones another."""
     names: Names = ()
     """Names of the rows of `zip`; none: made from their values."""
-    seeds: Count | Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = 1
-    """How many, from `run.seed` of the base on, or which ones."""
+    seeds: Count | Annotated[tuple[int, ...], Field(strict=False, min_length=1)] | None = None
+    """How many, from `run.seed` of the base on, or which ones; none: one, and those that an included sweep has."""
     views: Annotated[tuple[SweepView, ...], Field(strict=False)] = ()
     """What draws it, the first one best."""
     slurm: dict[str, str | int | bool] = Field(default_factory=dict)
@@ -102,7 +102,7 @@ class SweepSpec(Group):
                 raise ValueError(
                     f"{key}: a sweep names its runs itself and takes its seeds from `seeds` or --grid run.seed=…"
                 )
-        if "run.seed" in self.grid and self.seeds != 1:
+        if "run.seed" in self.grid and self.seeds not in (None, 1):
             raise ValueError("grid.run.seed: the seeds are in `seeds` (--seeds) already; give one of the two")
         return self
 
@@ -203,8 +203,27 @@ def resolve_sweep(
         merged["zip"] = dict(zipped)
         merged.pop("names", None)
     if seeds is not None:
-        merged["seeds"] = seeds
+        merged["seeds"] = _first_seeds(merged.get("seeds"), seeds)
     return validate(SweepSpec, {key: value for key, value in merged.items() if value != {}})
+
+
+def _first_seeds(own: Any, seeds: int | tuple[int, ...]) -> Any:
+    """So many seeds, or these: of those that the sweep names, the first ones. Raises SpecError where it names fewer."""
+    if not isinstance(own, list | tuple) or not isinstance(seeds, int):
+        return seeds
+    if seeds > len(own):
+        raise SpecError(f"--seeds: {seeds}, and the sweep names {len(own)}: {', '.join(map(str, own))}")
+    return own[:seeds]
+
+
+def parse_lists(texts: Sequence[str], flag: str) -> dict[str, list[Any]]:
+    """Those of `parse_list` by key. Raises SpecError also for a key that is given twice."""
+    found: dict[str, list[Any]] = {}
+    for key, values in (parse_list(text, flag) for text in texts):
+        if key in found:
+            raise SpecError(f"{flag}: {key} is given twice; give all its values at once: {flag} {key}=V1,V2")
+        found[key] = values
+    return found
 
 
 def parse_list(text: str, flag: str = "--grid") -> tuple[str, list[Any]]:
@@ -250,7 +269,7 @@ def expand(sweep: SweepSpec) -> list[Member]:
             continue
         if member.name in names:
             raise SpecError(
-                f"sweep: two different runs would be named {member.name!r}; give `names` to the rows of zip"
+                f"sweep: two different runs would be named {member.name!r}; a sweep file can give `names` to the rows of zip"
             )
         members[member.identity] = member
         names[member.name] = member.identity
@@ -261,8 +280,9 @@ def _members(sweep: SweepSpec) -> Iterator[Member]:
     for name in sweep.include:
         if name not in sweep_names():
             raise SpecError(f"include: no sweep {name!r}{nearest(name, sweep_names())}")
-        included = resolve_sweep(preset_sweep(name), sweep.set)
-        yield from _members(included.model_copy(update={"seeds": sweep.seeds} if sweep.seeds != 1 else {}))
+        layer = preset_sweep(name)
+        own = {} if sweep.seeds is None else {"seeds": _first_seeds(layer.get("seeds"), sweep.seeds)}
+        yield from _members(resolve_sweep({**layer, **own}, sweep.set))
     layers = {base: _base_layer(base) for base in sweep.base}
     rows: list[tuple[str | None, dict[str, Any]]] = [
         (sweep.names[at] if sweep.names else None, {key: values[at] for key, values in sweep.zip.items()})
@@ -273,7 +293,7 @@ def _members(sweep: SweepSpec) -> Iterator[Member]:
         _arm(base, len(layers) > 1, name, row, combination)
         for base, (name, row), combination in itertools.product(sweep.base, rows, combinations)
     ]
-    for at in range(sweep.seeds) if isinstance(sweep.seeds, int) else sweep.seeds:
+    for at in sweep.seeds if isinstance(sweep.seeds, tuple) else range(sweep.seeds or 1):
         for base, label, axes in arms:
             yield _member(sweep, base, layers[base], label, axes, at)
 
@@ -292,7 +312,7 @@ def _member(
     sweep: SweepSpec, base: str, layer: Mapping[str, Any], label: str, axes: Mapping[str, Any], at: int
 ) -> Member:
     first = layer.get("run", {}).get("seed", 0)
-    seed = axes.get("run.seed", first + at if isinstance(sweep.seeds, int) else at)
+    seed = axes.get("run.seed", at if isinstance(sweep.seeds, tuple) else first + at)
     assigned = dict(leaves({**sweep.set, **axes, "run.seed": seed}))
     name = f"{label}-{seed}"
     try:

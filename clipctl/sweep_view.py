@@ -12,15 +12,16 @@ from clipctl.sweep_folder import Placed, is_running
 from clipctl.sweep_spec import SweepSpec, toml_text
 
 
-def table_lines(placed: Sequence[Placed]) -> list[str]:
-    """The runs, one a line: name, what varies, and what is left to do."""
+def table_lines(placed: Sequence[Placed], *, retry_failed: bool = False) -> list[str]:
+    """The runs, one a line: name, what varies, and what is left to do. retry_failed: of those that failed too."""
     axes = list(dict.fromkeys(key for place in placed for key in place.member.values))
     varying = [key for key in axes if len({str(place.member.values.get(key)) for place in placed}) > 1]
     rows = [["run", *varying, "rollouts", "to do"]]
     for place in placed:
         values = place.member.values
         shown = ["" if key not in values else _shown(values[key]) for key in varying]
-        rows.append([place.member.name, *shown, f"{place.rollouts}/{place.member.spec.run.steps}", _to_do(place)])
+        done = f"{place.rollouts}/{place.member.spec.run.steps}"
+        rows.append([place.member.name, *shown, done, _to_do(place, retry_failed)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -31,13 +32,13 @@ def _shown(value: object) -> str:
     return value if isinstance(value, str) else toml_text(value)
 
 
-def _to_do(place: Placed) -> str:
+def _to_do(place: Placed, retry_failed: bool) -> str:
     words = {
         "missing": "run it",
         "unfinished": "go on",
         "finished": "nothing: finished",
         "stopped": "nothing: stopped by an alarm",
-        "failed": "nothing without --retry-failed: failed",
+        "failed": "run it again: failed" if retry_failed else "nothing without --retry-failed: failed",
     }[place.outlook]
     if is_running(place.folder):
         words = "wait: it is being run"

@@ -13,6 +13,24 @@ ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 ENVIRONMENT.pop("CLIPCTL_DATA", None)
 
 
+@pytest.mark.parametrize("command", ["train", "sweep"])
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGUSR2", 75), ("SIGINT", 130)])
+def test_a_signal_before_a_run_has_handlers_is_a_request_too(
+    command: str, name: str, code: int, tmp_path: Path
+) -> None:
+    """It comes while the preset is read."""
+    script = (
+        "import os, signal, sys, time, clipctl.cli, clipctl.spec, clipctl.sweep_spec\n"
+        f"def read(name): os.kill(os.getpid(), signal.{name}); time.sleep(9)\n"
+        "clipctl.spec.preset_layer = clipctl.sweep_spec.preset_sweep = read\n"
+        f"sys.argv = ['clipctl', {command!r}, '--preset', 'tiny']\n"
+        "clipctl.cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr == ("" if code == 130 else f"clipctl: stopped by {name}; the same command goes on\n")
+
+
 def clipctl(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "clipctl", *arguments],

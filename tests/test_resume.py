@@ -663,6 +663,22 @@ def test_without_a_good_checkpoint_nothing_is_begun_anew(two_rollouts: Path) -> 
     assert rows(two_rollouts, "select * from rollouts order by rollout") == before
 
 
+def test_a_damaged_store_is_not_gone_on_with_until_it_is_moved_away(two_rollouts: Path, tmp_path: Path) -> None:
+    file = two_rollouts / "metrics.duckdb"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(
+        StoreError, match=r"x/metrics\.duckdb cannot be gone on with: .*; move it away to go on without"
+    ):
+        run(two_rollouts.parent)
+    assert status(two_rollouts)["state"] == "interrupted"
+    file.rename(tmp_path / "damaged.duckdb")
+    run(two_rollouts.parent)
+    assert [row for (row,) in rows(two_rollouts, "select rollout from rollouts")] == [2]
+    assert status(two_rollouts)["state"] == "finished"
+
+
 def test_a_damaged_status_is_named(two_rollouts: Path) -> None:
     (two_rollouts / "status.json").write_text('{"state": "interrupted"')
     with pytest.raises(StoreError, match=r"status\.json is damaged; start anew"):

@@ -17,9 +17,9 @@ from test_sweep import a_run
 
 from clipctl import load_spec
 from clipctl.errors import EngineError, Preempted, SpecError, SweepFailed
-from clipctl.slurm import parse_options, print_script, seconds_of, wait_for_runs, warning_seconds
+from clipctl.slurm import parse_options, print_script, queued_runs, seconds_of, wait_for_runs, warning_seconds
 from clipctl.slurm_job import STALLS, SlurmRun, count_stalls, job_id
-from clipctl.sweep_folder import place_members
+from clipctl.sweep_folder import place_members, record_sweep
 from clipctl.sweep_spec import expand, preset_sweep, resolve_sweep
 from clipctl.train import train
 from runs import assert_same
@@ -93,13 +93,15 @@ def test_the_script_is_bash_and_has_a_command_for_each_run_that_is_left(tmp_path
     members = expand(resolve_sweep(preset_sweep("tiny"), hard, grid={"clip.high": [0.1, float("inf")]}, seeds=2))
     a_run(tmp_path / "s" / members[0].name, members[0], "finished", 40)
     placed = place_members(tmp_path, "s", members)
-    script = print_script(tmp_path / "s", placed, 2, {"time": "9", "exclusive": True}, retry_failed=False)
+    options = {"time": "9", "exclusive": True, "comment": "two words"}
+    script = print_script(tmp_path / "s", placed, 2, options, retry_failed=False)
     for line in (
         "#SBATCH --array=0-2%2",
         "#SBATCH --requeue",
         "#SBATCH --signal=USR2@120",
         "#SBATCH --time=9",
         "#SBATCH --exclusive",
+        "#SBATCH --comment='two words'",
     ):
         assert line in script.splitlines()
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
@@ -150,16 +152,49 @@ def test_a_job_that_never_gets_anywhere_is_not_requeued_for_ever(
     assert job_id({"SLURM_JOB_ID": "5"}) == "5"
 
 
+def test_a_run_in_the_queue_is_not_submitted_by_a_sweep_that_shares_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for squeue has two of the jobs; the run of one is another sweep's, and a damaged record says nothing."""
+    tool = tmp_path / "bin" / "squeue"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\nprintf '12_0\\n12_1\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    sweeps = {name: resolve_sweep(preset_sweep("tiny"), seeds=seeds) for name, seeds in (("s", 3), ("t", 4))}
+    for name, sweep in sweeps.items():
+        record_sweep(tmp_path, name, sweep, place_members(tmp_path, name, expand(sweep)))
+    jobs = tmp_path / "s" / "slurm" / "jobs.json"
+    jobs.parent.mkdir()
+    jobs.write_text(json.dumps({"tiny-0": "12_0", "tiny-1": "11_1", "tiny-2": "12_1"}))
+    placed = place_members(tmp_path, "t", expand(sweeps["t"]))
+    assert [place.folder.parent.name for place in placed] == ["s", "s", "s", "t"]
+    assert queued_runs(tmp_path / "t", placed) == {"tiny-0": "12_0", "tiny-2": "12_1"}
+    jobs.write_text('{"tiny-0": ')
+    assert queued_runs(tmp_path / "t", placed) == {}
+
+
 def test_how_runs_stand_is_read_from_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     members = expand(resolve_sweep(preset_sweep("tiny"), seeds=3))
-    monkeypatch.setattr("clipctl.slurm.queued_runs", lambda folder: {})
+    asked: list[int] = []
+
+    def queued_runs(folder: Path, placed: object) -> dict[str, str]:
+        asked.append(1)
+        if len(asked) == 1:
+            raise EngineError("squeue: Unable to contact slurm controller")
+        return {}
+
+    monkeypatch.setattr("clipctl.slurm.queued_runs", queued_runs)
     a_run(tmp_path / "s" / "tiny-0", members[0], "finished", 40)
     said: list[str] = []
     with pytest.raises(
         Preempted, match=r"not in the queue any more and not finished: tiny-1, tiny-2; .* submits them again"
     ):
-        wait_for_runs(tmp_path / "s", place_members(tmp_path, "s", members), said.append)
-    assert said == ["tiny-0: finished, 40/40 rollouts"]
+        wait_for_runs(tmp_path / "s", place_members(tmp_path, "s", members), said.append, 0.1)
+    assert said == [
+        "squeue: Unable to contact slurm controller; asked again until it answers", "tiny-0: finished, 40/40 rollouts",
+    ]  # fmt: skip
+    assert len(asked) == 2
     a_run(tmp_path / "s" / "tiny-1", members[1], "failed", 3)
     with pytest.raises(SweepFailed, match="1 of 3 runs failed: tiny-1"):
         wait_for_runs(tmp_path / "s", place_members(tmp_path, "s", members), said.append)

@@ -18,6 +18,7 @@ from clipctl import load_spec, open_runs
 from clipctl.errors import SpecError
 from clipctl.shares import Share, divided, machine_gpus, share_machine
 from clipctl.spec import spec_json
+from clipctl.sweep import _Launch
 from clipctl.sweep_folder import CLAIM, open_claim, place_members, planning, record_sweep
 from clipctl.sweep_spec import Member, expand, preset_sweep, resolve_sweep
 from clipctl.sweep_view import table_lines, views_lines
@@ -172,6 +173,42 @@ def test_another_spec_under_a_sweeps_name_is_refused_with_its_difference(tmp_pat
     other = expand(resolve_sweep(preset_sweep("tiny"), {"optim.lr": 2e-4}))
     with pytest.raises(SpecError, match=r"s/tiny-0 was begun with another spec: optim.lr = 0.0001, now 0.0002; only"):
         place_members(tmp_path, "s", other)
+    evaluated = expand(resolve_sweep(preset_sweep("tiny"), {"eval.k": 4}))
+    with pytest.raises(
+        SpecError, match=r"s/tiny-0 is finished, with another evaluation: eval.k = \d+, now 4; .* clipctl eval"
+    ):
+        place_members(tmp_path, "s", evaluated)
+    assert place_members(tmp_path, "s", expand(resolve_sweep(preset_sweep("tiny"), {"checkpoint.every": 1})))
+
+
+def test_what_failed_while_a_launch_waited_for_it_is_not_tried_again(tmp_path: Path) -> None:
+    (member,) = expand(resolve_sweep(preset_sweep("tiny")))
+    a_run(tmp_path / "s" / "tiny-0", member, "failed", 3)
+    placed = place_members(tmp_path, "s", [member])
+    assert table_lines(placed, retry_failed=True)[1].endswith("run it again: failed")
+    said: list[str] = []
+    launch = _Launch(tmp_path / "s", list(placed), [], (), True, said.append)
+    assert not launch._is_done(placed[0])
+    file = tmp_path / "s" / "tiny-0" / "status.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attempt": 1}))
+    assert launch._is_done(placed[0])
+    assert said == ["tiny-0: failed before: why"]
+    assert launch.progress.failed == ["tiny-0"]
+
+
+def test_the_table_of_a_sweep_that_this_process_may_not_write(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], check=False, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        (member,) = expand(resolve_sweep(preset_sweep("tiny")))
+        a_run(disk / "s" / "tiny-0", member, "interrupted", 3)
+        (disk / "s" / "tiny-0" / ".lock").touch()
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert table_lines(place_members(disk, "s", [member]))[1].endswith("3/40      go on")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_run_that_is_there_is_referred_to(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from clipctl.sweep_spec import (
     file_sweep,
     identity,
     parse_list,
+    parse_lists,
     preset_sweep,
     resolve_sweep,
     sweep_names,
@@ -221,8 +222,33 @@ def test_what_the_command_line_refuses() -> None:
             parse_list(text)
     with pytest.raises(SpecError, match="has a value twice"):
         parse_list("clip.low=0.1,0.1")
+    with pytest.raises(SpecError, match=r"--grid: clip.low is given twice; .*: --grid clip.low=V1,V2"):
+        parse_lists(["clip.low=0.1", "optim.lr=1e-4", "clip.low=0.2"], "--grid")
     with pytest.raises(SpecError, match=r"no sweep or preset 'fig33' \(did you mean fig3\?\)"):
         preset_sweep("fig33")
+
+
+@pytest.mark.parametrize(
+    ("name", "seeds", "expected"),
+    [
+        ("fig3-small", None, {300, 301, 302, 303, 304}),
+        ("fig3-small", 2, {300, 301}),
+        ("fig3-small", (7, 9), {7, 9}),
+        ("fig4-small", 1, {300}),
+        ("fig4-small", None, {300, 301, 302, 303, 304}),
+        ("fig3", None, {0}),
+        ("fig3", 3, {0, 1, 2}),
+        ("tiny", 2, {0, 1}),
+    ],
+)
+def test_seeds_are_the_first_of_those_that_a_sweep_names(name: str, seeds: Any, expected: set[int]) -> None:
+    assert {member.values["seed"] for member in swept(preset_sweep(name), seeds=seeds)} == expected
+
+
+@pytest.mark.parametrize("name", ["fig3-small", "fig4-small"])
+def test_more_seeds_than_a_sweep_names_are_refused(name: str) -> None:
+    with pytest.raises(SpecError, match="--seeds: 6, and the sweep names 5: 300, 301, 302, 303, 304"):
+        swept(preset_sweep(name), seeds=6)
 
 
 def test_no_sweep_is_named_like_a_preset() -> None:
