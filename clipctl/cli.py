@@ -564,7 +564,12 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     early: list[str] = []
-    if next((word for word in sys.argv[1:] if not word.startswith("-")), "") in ("train", "sweep", "eval"):
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if command == "analyze":
+        from clipctl.limits import give_way
+
+        give_way()
+    if command in ("train", "sweep", "eval"):
         # Those that go on: what a scheduler sends before they have handlers of their own is a request like later ones.
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, partial(_stop_early, early))

@@ -1,5 +1,5 @@
-"""Limits of a process that answers a query, for what DuckDB cannot end by itself: it counts neither the memory nor the time of
-one function call, and does not look for signals while it makes Arrow tables."""
+"""Limits of a process that answers: of what it takes from runs on the same machine, and of what DuckDB cannot end by itself,
+which counts neither the memory nor the time of one function call and does not look for signals while it makes Arrow tables."""
 
 import os
 import signal
@@ -17,7 +17,15 @@ PROCESS_BYTES = 4 << 30
 GRACE_SECONDS = 2.0
 """What a signal may take to end a process in the usual way."""
 
+NICENESS = 10
+"""Of a process that looks at runs: beside those that make them it gets a tenth of a core."""
+
 Part = TypeVar("Part")
+
+
+def give_way() -> None:
+    """Lets other processes go first where there is not a core for each."""
+    os.nice(NICENESS)
 
 
 def limit_memory() -> None:

@@ -13,6 +13,18 @@ ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 ENVIRONMENT.pop("CLIPCTL_DATA", None)
 
 
+@pytest.mark.parametrize(("command", "more"), [("analyze", 10), ("train", 0)])
+def test_what_looks_at_runs_gives_way_to_them(command: str, more: int) -> None:
+    script = (
+        "import os, sys, clipctl.cli\n"
+        "clipctl.cli.app = lambda args: print(os.nice(0))\n"
+        f"sys.argv = ['clipctl', '--debug', {command!r}]\n"
+        "clipctl.cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == min(19, os.nice(0) + more)
+
+
 @pytest.mark.parametrize("command", ["train", "sweep"])
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGUSR2", 75), ("SIGINT", 130)])
 def test_a_signal_before_a_run_has_handlers_is_a_request_too(

@@ -25,6 +25,7 @@ sys.path.insert(0, str(TESTS))
 from test_store import SPEC, create_run, ledger_rows, rollout_row, samples, tables, update_rows  # noqa: E402
 
 from clipctl import open_runs  # noqa: E402
+from clipctl.limits import give_way  # noqa: E402
 from clipctl.overview import overview  # noqa: E402
 
 SPAN_SECONDS = 15.0
@@ -57,7 +58,8 @@ def run_writer(root: Path, name: str, pause: float) -> None:
 
 def run_reader(root: Path, name: str) -> None:
     """Overviews as fast as it can until the file `<name>.stop` is there; a line for each: how long it took, and what was wrong
-    with it, if anything."""
+    with it, if anything. It gives way to the writers as `clipctl analyze` does."""
+    give_way()
     with (root / f"{name}.reads").open("w", buffering=1) as log:
         while not (root / f"{name}.stop").exists():
             wrong, started = "", time.perf_counter()
