@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -36,10 +36,15 @@ Values = Annotated[tuple[Any, ...], Field(strict=False, min_length=1)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 
 
+ViewName = Literal[
+    "overview", "entropy", "clip", "ledger", "passk", "what-if", "compare", "frontier", "samples", "events"
+]
+
+
 class SweepView(Group):
     """A view of `clipctl analyze` that draws the sweep."""
 
-    view: str
+    view: ViewName
     by: Names = ()
     """Keys that runs are grouped by; none: all in which they differ but the seed."""
     rollouts: bool = False

@@ -5,16 +5,18 @@ import re
 import shlex
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipctl.errors import SpecError
+from clipctl.notebook import VIEW_NAMES
 from clipctl.spec import load_spec, nest, parse_assignment, preset_layer, preset_names, resolve_spec
 from clipctl.sweep_spec import (
     Member,
+    ViewName,
     default_name,
     expand,
     file_sweep,
@@ -207,6 +209,7 @@ def test_a_sweep_file_and_a_run_spec_are_told_apart(tmp_path: Path) -> None:
         ({"base": ["tiny"], "set": {"run.name": "x"}}, "names its runs itself"),
         ({"base": ["tiny"], "zip": {"data.path": ["a/x.jsonl", "b/x.jsonl"]}}, "would be named 'pathx.jsonl-0'"),
         ({"include": ["fig44"]}, "did you mean fig4"),
+        ({"base": ["tiny"], "views": [{"view": "entroppy"}]}, "views.view: input should be .*'entropy'.*found 'entroppy'"),
         ({"include": ["fig4"], "grid": {"clip.low": [0.1]}}, "only includes others"),
     ],
 )  # fmt: skip
@@ -249,6 +252,10 @@ def test_seeds_are_the_first_of_those_that_a_sweep_names(name: str, seeds: Any, 
 def test_more_seeds_than_a_sweep_names_are_refused(name: str) -> None:
     with pytest.raises(SpecError, match="--seeds: 6, and the sweep names 5: 300, 301, 302, 303, 304"):
         swept(preset_sweep(name), seeds=6)
+
+
+def test_a_sweep_can_be_drawn_by_every_view() -> None:
+    assert get_args(ViewName) == tuple(VIEW_NAMES)
 
 
 def test_no_sweep_is_named_like_a_preset() -> None:
