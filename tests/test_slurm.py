@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from test_sweep import a_run
 
@@ -200,6 +201,12 @@ def test_how_runs_stand_is_read_from_their_files(tmp_path: Path, monkeypatch: py
         wait_for_runs(tmp_path / "s", place_members(tmp_path, "s", members), said.append)
 
 
+def test_all_of_these_tests_are_in_one_process(request: pytest.FixtureRequest) -> None:
+    """Two at once would start and stop one another's Slurm."""
+    if getattr(request.config.option, "loadgroup", False):
+        assert request.node.nodeid.endswith("@slurm")
+
+
 # --- with a real one --------------------------------------------------------------------------------------------------
 
 
@@ -238,9 +245,14 @@ def a_slurm(folder: Path) -> Iterator[dict[str, str]]:
             "PYTHONPATH": f"{Path(here).parent}:{here}",
         }  # fmt: skip
     finally:
+        files = [*folder.glob("*.pid"), folder / "db" / "pid", Path("/run/munge/munged.pid")]
+        numbers = [int(file.read_text()) for file in files if file.exists()]
+        parts = [psutil.Process(number) for number in numbers if psutil.pid_exists(number)]
         subprocess.run(
             ["bash", str(TOOLS / "slurm_down.sh"), str(folder)], capture_output=True, check=False, timeout=60
         )
+        # One that is started while these still end takes them for its own.
+        psutil.wait_procs(parts, timeout=30)
 
 
 @pytest.fixture(scope="module")
