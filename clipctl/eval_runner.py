@@ -16,7 +16,7 @@ import torch
 
 from clipctl.benchmarks import Benchmark, limit_notes, load_benchmarks
 from clipctl.engine import Sampler, check_sampler, open_sampler
-from clipctl.errors import EngineError, Interrupted, SpecError, StoreError
+from clipctl.errors import EngineError, Interrupted, SpecError, StoreError, first_line
 from clipctl.eval_cache import model_hash
 from clipctl.eval_spec import ALONE, EvalSpec, eval_name, of_run, refuse_another_spec
 from clipctl.evaluate import (
@@ -208,7 +208,7 @@ def _run(
         except (torch.OutOfMemoryError, MemoryError) as error:
             writer.close("failed", f"out of memory: {error}")
             raise EngineError(
-                f"out of memory ({str(error).splitlines()[0]}); lower engine.sampler_rows (now {spec.engine.sampler_rows})"
+                f"out of memory ({first_line(error)}); lower engine.sampler_rows (now {spec.engine.sampler_rows})"
             ) from None
         except BaseException as error:
             writer.close("failed", str(error))

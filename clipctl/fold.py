@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from clipctl.errors import first_line
 from clipctl.folder import committed, is_odd, list_segments, plain_path, quoted, read_segments, table_of
 from clipctl.schema import FOLDED, SCHEMA_VERSION, SOURCES, derived_sql, sql_columns
 from clipctl.segments import sync
@@ -49,7 +50,7 @@ def fold(folder: Path) -> None:
         raise KeyboardInterrupt from None
     except duckdb.Error as error:
         beside.unlink(missing_ok=True)
-        raise OSError(str(error).splitlines()[0]) from None
+        raise OSError(first_line(error)) from None
     sync(beside)
     beside.rename(folder / "metrics.duckdb")
     sync(folder)
@@ -72,7 +73,7 @@ def store_problem(folder: Path) -> str | None:
             for (table,) in source.execute(query).fetchall():
                 source.execute(f"select sum(hash(t)) from stored.{table} as t").fetchall()
         except duckdb.Error as error:
-            return str(error).splitlines()[0]
+            return first_line(error)
     return f"it has schema {version}, this clipctl writes {SCHEMA_VERSION}" if version > SCHEMA_VERSION else None
 
 

@@ -214,16 +214,17 @@ def wait_for_runs(
     """Tells what becomes of the runs until none of them is in the queue. Raises SweepFailed for those that failed, Preempted
     where some are neither finished nor in the queue any more. Ctrl-C ends the waiting and leaves the jobs alone."""
     told: dict[str, str] = {}
-    silent = False
+    answered = True
     while True:
         try:
-            queued, known = queued_runs(folder, placed), True
+            queued = queued_runs(folder, placed)
+            answered = True
         except EngineError as error:
             # A controller that restarts ends no job.
-            queued, known = {}, False
-            if not silent:
+            queued = {}
+            if answered:
                 tell(f"{error}; asked again until it answers")
-        silent = not known
+            answered = False
         for place in placed:
             words = f"{place.outlook}, {place.rollouts}/{place.member.spec.run.steps} rollouts"
             if told.get(place.member.name, f"missing, 0/{place.member.spec.run.steps} rollouts") != words:
@@ -232,7 +233,7 @@ def wait_for_runs(
         if not any(
             place.member.name in queued
             or is_running(place.folder)
-            or (not known and is_left(place.outlook, retry_failed=False))
+            or (not answered and is_left(place.outlook, retry_failed=False))
             for place in placed
         ):
             break

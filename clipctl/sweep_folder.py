@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from clipctl.attempts import spec_changes
+from clipctl.attempts import MAY_CHANGE, spec_changes
 from clipctl.discover import find_folders
 from clipctl.errors import SpecError, StoreError
 from clipctl.folder import read_json, state_of, usable_status
@@ -29,7 +29,7 @@ RECORD = "sweep.json"
 CLAIM = ".claim"
 """In a run's folder; locked by the sweep that runs it, from before its process starts until after it ended."""
 
-MAY_CHANGE_LATER = ("run.steps", "run.name", "checkpoint.")
+MAY_CHANGE_LATER = tuple(key for key in MAY_CHANGE if key != "eval.")
 """Keys, and groups of keys, that may be otherwise for a run that is finished."""
 
 Outlook = Literal["missing", "unfinished", "finished", "stopped", "failed"]

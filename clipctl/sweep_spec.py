@@ -197,7 +197,7 @@ def resolve_sweep(
     assignments: Mapping[str, Any] | None = None,
     grid: Mapping[str, Sequence[Any]] | None = None,
     zipped: Mapping[str, Sequence[Any]] | None = None,
-    seeds: int | None = None,
+    seeds: int | tuple[int, ...] | None = None,
 ) -> SweepSpec:
     """The sweep of a layer and of what the command line says: --set over `set`, --grid and --zip over the lists of the same
     keys, --seeds over `seeds`. Raises SpecError, in one line that names the key."""
@@ -285,9 +285,7 @@ def _members(sweep: SweepSpec) -> Iterator[Member]:
     for name in sweep.include:
         if name not in sweep_names():
             raise SpecError(f"include: no sweep {name!r}{nearest(name, sweep_names())}")
-        layer = preset_sweep(name)
-        own = {} if sweep.seeds is None else {"seeds": _first_seeds(layer.get("seeds"), sweep.seeds)}
-        yield from _members(resolve_sweep({**layer, **own}, sweep.set))
+        yield from _members(resolve_sweep(preset_sweep(name), sweep.set, seeds=sweep.seeds))
     layers = {base: _base_layer(base) for base in sweep.base}
     rows: list[tuple[str | None, dict[str, Any]]] = [
         (sweep.names[at] if sweep.names else None, {key: values[at] for key, values in sweep.zip.items()})

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clipctl.answers import is_plain_number, last_number
-from clipctl.errors import DataError, SpecError
+from clipctl.errors import DataError, SpecError, first_line
 from clipctl.grading_worker import NOT_PARSED, Workers, parse_golds
 from clipctl.rollout import Problem
 from clipctl.spec import Data
@@ -394,7 +394,7 @@ def _parquet_rows(path: Path, columns: list[str]) -> Iterator[Row]:
                 number += 1
                 yield Row(f"{path}, row {number}", values)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]})") from None
+        raise DataError(f"{path}: not readable as Parquet ({first_line(error)})") from None
 
 
 READERS = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
@@ -431,7 +431,7 @@ def _hub_file(data: Data, hub: HubFiles, name: str) -> Path:
         try:
             return Path(hf_hub_download(hub.repo, name, repo_type="dataset", revision=hub.revision))
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-            reason = f"{type(error).__name__}, {str(error).splitlines()[0]}"
+            reason = f"{type(error).__name__}, {first_line(error)}"
     raise DataError(
         f"data.task: {data.task} is {hub.repo} on the hub, which cannot be had ({reason}); give the rows with "
         f"--set data.path=FILE, or put {data.task}/{data.split}.jsonl into the folder that CLIPCTL_DATA names"

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipctl.errors import SpecError
+from clipctl.layers import nest
 from clipctl.notebook import VIEW_NAMES
-from clipctl.spec import load_spec, nest, parse_assignment, preset_layer, preset_names, resolve_spec
+from clipctl.spec import load_spec, parse_assignment, preset_layer, preset_names, resolve_spec
 from clipctl.sweep_spec import (
     Member,
     ViewName,

@@ -39,7 +39,7 @@ from clipctl.engine.passes import (
     update_tokens,
 )
 from clipctl.engine.torch_probe import TorchProbe
-from clipctl.errors import SpecError
+from clipctl.errors import SpecError, first_line
 from clipctl.loss import PolicyLoss
 from clipctl.ranks import ALONE, Ranks
 from clipctl.rollout import Batch
@@ -246,7 +246,7 @@ def disk_errors() -> Iterator[None]:
     except RuntimeError as error:
         if not any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "iostream")):
             raise
-        raise OSError(f"torch.save could not write: {str(error).splitlines()[0]}") from None
+        raise OSError(f"torch.save could not write: {first_line(error)}") from None
 
 
 def with_gradient(passes: list[Pass]) -> list[Pass]:
