@@ -216,9 +216,11 @@ def ratio_profiles(
     wr_T = weight_T.double() * r
     pull_T = wr_T * advantages_T.double().abs()
     values_CT = torch.stack([torch.ones_like(r), pull_T * pg, pull_T * npg, wr_T, wr_T * pg, wr_T * npg])
+    # On the host: a GPU adds in an order that differs from run to run, and sums with it in their last bits.
+    values_CT, place_T = values_CT.cpu(), place_T.cpu()
     sums_CB = values_CT.new_zeros(len(COLUMNS), 3 * size * updates).index_add_(1, place_T, values_CT)
     # In order in memory, as a checkpoint gives them back: how a sum over bins is rounded depends on it.
-    sums_U3BC = sums_CB.T.reshape(updates, 3, size, len(COLUMNS)).contiguous().cpu()
+    sums_U3BC = sums_CB.T.reshape(updates, 3, size, len(COLUMNS)).contiguous()
     return [RatioProfile(low, high, sums_3BC) for sums_3BC in sums_U3BC]
 
 

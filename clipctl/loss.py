@@ -105,8 +105,9 @@ class PolicyLoss:
         update_T = torch.arange(updates, device=logprob_T.device).repeat_interleave(sizes)
         log_ratio_T = (logprob_T - old_T).double()
         excess_T = torch.expm1(log_ratio_T)
-        scalars_3T = torch.stack([entropy_T.double(), excess_T - log_ratio_T, excess_T + 1])
-        scalars_3U = scalars_3T.new_zeros(3, updates).index_add_(1, update_T, scalars_3T)
+        # On the host: a GPU adds in an order that differs from run to run.
+        scalars_3T = torch.stack([entropy_T.double(), excess_T - log_ratio_T, excess_T + 1]).cpu()
+        scalars_3U = scalars_3T.new_zeros(3, updates).index_add_(1, update_T.cpu(), scalars_3T)
         extremes = [
             log_ratio_T.new_zeros(updates).scatter_reduce_(0, update_T, log_ratio_T, kind, include_self=False)
             for kind in ("amin", "amax")

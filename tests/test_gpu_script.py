@@ -19,6 +19,8 @@ PARTS = [
     "largest log r at inner step 0",
     "tiny, bfloat16, torch/torch: response tokens/s",
     "floor of a rollout",
+    "of its floor reached",
+    "tiny, bfloat16: the same run twice",
     "pytest tests/gpu",
 ]
 SCRIPT = Path(__file__).parent / "gpu" / "run.py"

@@ -29,9 +29,11 @@ Forward = Callable[[Batch, Sequence[int]], TokenStatistics]
 
 
 def set_up_torch(engine: Engine) -> None:
-    """Threads as the spec says, true float32 in float32 products."""
+    """Threads as the spec says, true float32 in float32 products, attention without cuDNN, which plans every new shape for a
+    tenth of a second, and each step of decoding has a new one."""
     torch.set_num_threads(engine.threads)
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 
 from clipctl.engine.attention import use_grouped_attention
+from clipctl.engine.passes import set_up_torch
 from clipctl.engine.torch_sampler import TorchSampler
 from clipctl.models import find_model, load_causal_lm
 from clipctl.rollout import DrawKey, Prompt, SamplingParams
+from clipctl.spec import Engine
 
 
 def random_prompts(count: int, length: int, vocabulary: int) -> list[Prompt]:
@@ -40,8 +42,8 @@ def theirs(model: Any, prompts: list[Prompt], group: int, tokens: int, rows: int
     for start in range(0, len(prompts), wave):
         ids = [prompt.token_ids for prompt in prompts[start : start + wave] for _ in range(group)]
         columns = max(map(len, ids))
-        input_ids = torch.tensor([[0] * (columns - len(row)) + row for row in ids])
-        mask = torch.tensor([[0] * (columns - len(row)) + [1] * len(row) for row in ids])
+        input_ids = torch.tensor([[0] * (columns - len(row)) + row for row in ids], device=model.device)
+        mask = torch.tensor([[0] * (columns - len(row)) + [1] * len(row) for row in ids], device=model.device)
         output = model.generate(
             input_ids,
             attention_mask=mask,
@@ -53,7 +55,8 @@ def theirs(model: Any, prompts: list[Prompt], group: int, tokens: int, rows: int
             max_new_tokens=tokens,
             pad_token_id=0,
         )
-        total += output.shape[0] * (output.shape[1] - columns)
+        # As a list, as the other side's: a GPU may still be at work on a tensor.
+        total += sum(len(row) - columns for row in output.tolist())
     return total
 
 
@@ -68,12 +71,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    set_up_torch(Engine(device=arguments.device, threads=arguments.threads))
     folder = find_model(arguments.model, pull=False)
     sides = {
-        "clipctl": (ours, use_grouped_attention(load_causal_lm(folder, arguments.dtype, "cpu"))),
-        "generate": (theirs, load_causal_lm(folder, arguments.dtype, "cpu")),
+        "clipctl": (ours, use_grouped_attention(load_causal_lm(folder, arguments.dtype, arguments.device))),
+        "generate": (theirs, load_causal_lm(folder, arguments.dtype, arguments.device)),
     }
     prompts = random_prompts(arguments.prompts, arguments.prompt_tokens, sides["clipctl"][1].config.vocab_size)
     speeds: dict[str, list[float]] = {name: [] for name in sides}

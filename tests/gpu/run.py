@@ -28,7 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from checks import Row, Scale, device_rows, exactness_rows, memory_rows, run_rows, speed_rows
+from checks import Row, Scale, device_rows, exactness_rows, model_rows, repeat_rows, run_rows, speed_rows
 
 from clipctl import __version__
 
@@ -79,7 +79,7 @@ def parse() -> argparse.Namespace:
         "--minutes", type=float, default=8.0, help="for everything; what is left after the rest is for runs"
     )
     parser.add_argument("--engines", nargs="+", choices=ENGINES, help="without it those that are installed")
-    parser.add_argument("--only", nargs="+", choices=["device", "statistics", "memory", "runs", "tests"])
+    parser.add_argument("--only", nargs="+", choices=["device", "statistics", "memory", "runs", "repeat", "tests"])
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -103,7 +103,7 @@ def parts(scale: Scale, options: argparse.Namespace, folder: Path) -> Iterator[P
     yield "device", partial(device_rows, scale)
     yield "statistics", partial(exactness_rows, scale)
     yield "statistics", partial(speed_rows, scale)
-    yield "memory", partial(memory_rows, scale)
+    yield "memory", partial(model_rows, scale)
     wanted = options.engines or [name for name, (package, _) in ENGINES.items() if find_spec(package) is not None]
     smollm2 = SMOLLM2_SMALL if scale.small else SMOLLM2
     runs = [("tiny", "float32", TINY | ENGINES[name][1]) for name in wanted]
@@ -114,6 +114,7 @@ def parts(scale: Scale, options: argparse.Namespace, folder: Path) -> Iterator[P
         # SmolLM2 is the one whose speed is of interest.
         seconds = 2 * each if preset != "tiny" else each
         yield "runs", partial(run_rows, scale, preset, dtype, changes, seconds, folder)
+    yield "repeat", partial(repeat_rows, scale, folder)
     yield "tests", tests_row
 
 
