@@ -552,8 +552,12 @@ def _end(code: int, line: str, told: bool) -> NoReturn:
     # The code is decided: a further signal must not change it while Python shuts down.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    if not told:
-        print(line, file=sys.stderr)
+    try:
+        if not told:
+            print(line, file=sys.stderr, flush=True)
+    except OSError:
+        # A log on a full disk. Python would try once more when it ends, and end with a code of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     sys.exit(code)
 
 

@@ -4,9 +4,12 @@ A run is claimed before its process starts. So two launches of one sweep, or of 
 takes what nobody has, and stays until the last run has ended, to take over those of a launch that was killed.
 """
 
+import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import IO
@@ -24,6 +27,8 @@ REACTION_SECONDS = 0.05
 DYING_SECONDS = 10.0
 """How much longer than its grace time a run may take to end."""
 INTERRUPTED = (75, 130)
+NO_SPACE = (os.strerror(ENOSPC), os.strerror(EDQUOT))
+"""What a full disk and a spent quota are called."""
 Tell = Callable[[str], None]
 
 
@@ -73,8 +78,9 @@ def run_sweep(
     """Runs what is left to do of the sweep in `folder`, as many at once as there are shares. nproc: processes of each run,
     none: it is one. tell: gets a line for each start and end. watch: called about twice a second.
 
-    Raises SweepFailed when some runs failed, in this launch or before, after all others have ended; Preempted or Interrupted
-    when a signal, or the end of a Slurm job, stopped it, after the runs have saved and ended.
+    Raises SweepFailed when some runs failed, in this launch or before, after all others have ended; StoreError when one found
+    the disk full, after those beside it have ended: no other one is started; Preempted or Interrupted when a signal, or the end
+    of a Slurm job, stopped it, after the runs have saved and ended.
     """
     longest = max(place.member.spec.checkpoint.grace for place in placed)
     margin = max(place.member.spec.checkpoint.margin for place in placed)
@@ -91,6 +97,11 @@ def run_sweep(
     progress = launch.progress
     if stop.reason:
         raise stop.error(f"{progress.words}; the same command goes on")
+    if launch.full:
+        raise StoreError(
+            f"{folder}: no space is left on the disk ({shutil.disk_usage(folder).free / 1e6:.1f} MB are free) for "
+            f"{', '.join(launch.full)}; {progress.words}; free some, then the same command with --retry-failed goes on"
+        )
     if progress.failed:
         names = ", ".join(progress.failed)
         again = "the same command goes on with those that crashed"
@@ -108,6 +119,8 @@ class _Running:
     place: Placed
     share: Share
     claim: IO[str]
+    said: int
+    """Bytes of its log before it was started."""
     began: float
 
 
@@ -131,6 +144,8 @@ class _Launch:
         }
         self.progress = Progress(len(placed))
         self.crashed, self.stopping = False, False
+        self.full: list[str] = []
+        """Runs that found no space on the disk; no other one is started then."""
         self._server = ForkServer(folder / "logs" / "server.txt", gpus=any(share.gpus is not None for share in shares))
         self._running: dict[int, _Running] = {}
         self._count = 0
@@ -138,10 +153,10 @@ class _Launch:
     def run(self, stop: StopRequests, watch: Callable[[Progress], None]) -> None:
         """Until all runs have ended, or, after a request to stop, those that this launch runs."""
         try:
-            while (self._running or self.waiting) and not stop.reason:
+            while self._is_on and not stop.reason:
                 self._start()
                 until = time.monotonic() + LOOK_SECONDS
-                while (self._running or self.waiting) and time.monotonic() < until and not stop.reason:
+                while self._is_on and time.monotonic() < until and not stop.reason:
                     if self._reap(REACTION_SECONDS):
                         break
                 watch(self.progress)
@@ -152,6 +167,11 @@ class _Launch:
             until = time.monotonic() + DYING_SECONDS / 2
             while self._running and time.monotonic() < until:
                 self._reap(0.2)
+
+    @property
+    def _is_on(self) -> bool:
+        """Whether a run is running, or one that waits may be started."""
+        return bool(self._running or (self.waiting and not self.full))
 
     def close(self) -> None:
         """Ends what still runs; the runs are given back."""
@@ -171,17 +191,19 @@ class _Launch:
     def _start(self) -> None:
         """Starts as many as there are free shares."""
         for place in list(self.waiting):
-            if self.free:
+            if self.free and not self.full:
                 self._look_at(place)
 
     def _look_at(self, place: Placed) -> None:
         if self._is_done(place):
             return
         try:
+            # The log's folder first, but not before there is something to run: readers name an empty folder.
+            said = _make_log(self._log(place))
             claim = open_claim(place.folder)
         except StoreError as error:
             self.waiting.remove(place)
-            self.progress.ended[place.member.name] = error.exit_code
+            self._end(place, error.exit_code, str(error))
             self.tell(f"{place.member.name}: failed: {error}")
             return
         if claim is None:
@@ -196,12 +218,10 @@ class _Launch:
         where = f" on GPU {share.environment['CUDA_VISIBLE_DEVICES']}" if share.gpus else ""
         self.tell(f"{place.member.name}: {how}{where}")
         self._count += 1
-        self._running[self._count] = _Running(place, share, claim, began)
+        self._running[self._count] = _Running(place, share, claim, said, began)
         self.progress.running.add(place.member.name)
         # The sweep passes the end of a Slurm job on; two notices of it would be two requests.
         environment = {**share.environment, "SLURM_JOB_END_TIME": ""}
-        # Not before: readers name an empty folder.
-        (self.folder / "logs").mkdir(exist_ok=True)
         self._server.start(self._count, (*place.command, *self.more), self._log(place), share.cores, environment)
 
     def _is_done(self, place: Placed) -> bool:
@@ -234,27 +254,51 @@ class _Launch:
             if self.stopping and code in (-SIGINT, -SIGTERM):
                 # Told to stop before it had its handlers, and so before it had anything to save.
                 code = Interrupted.exit_code if code == -SIGINT else Preempted.exit_code
-            self.crashed |= code < 0
-            self.progress.ended[name] = code
-            self.tell(f"{name}: {self._end_words(running, code)}")
+            last = _last_line(self._log(running.place), running.said)
+            if code == StoreError.exit_code and not last.startswith("clipctl: "):
+                # Its last word did not get into the log.
+                last = ""
+            self._end(running.place, code, last)
+            self.tell(f"{name}: {_end_words(running, code, last)}")
         return len(self._running) < before
 
-    def _end_words(self, running: _Running, code: int) -> str:
-        place, seconds = running.place, time.monotonic() - running.began
-        if code == 0:
-            return f"finished, {place.rollouts} rollouts, {seconds:.1f} s"
-        how = {8: "stopped", 75: "interrupted", 130: "interrupted"}.get(code, f"failed (exit code {code})")
-        if code < 0:
-            how = f"crashed (signal {-code})"
-        return f"{how}: {_last_line(self._log(place)) or 'it said nothing; logs/server.txt may'}"
+    def _end(self, place: Placed, code: int, last: str) -> None:
+        """Counts a run that ended. last: what it said in the end, empty where its log could not take it."""
+        self.crashed |= code < 0
+        self.progress.ended[place.member.name] = code
+        if code == StoreError.exit_code and (not last or any(words in last for words in NO_SPACE)):
+            self.full.append(place.member.name)
 
     def _log(self, place: Placed) -> Path:
         return self.folder / "logs" / f"{place.member.name}.txt"
 
 
-def _last_line(file: Path) -> str:
+def _end_words(running: _Running, code: int, last: str) -> str:
+    if code == 0:
+        return f"finished, {running.place.rollouts} rollouts, {time.monotonic() - running.began:.1f} s"
+    how = {8: "stopped", 75: "interrupted", 130: "interrupted"}.get(code, f"failed (exit code {code})")
+    if code < 0:
+        how = f"crashed (signal {-code})"
+    nothing = "it said nothing; logs/server.txt may"
+    if code == StoreError.exit_code:
+        nothing = "its log could not be written"
+    return f"{how}: {last.removeprefix('clipctl: ') or nothing}"
+
+
+def _make_log(log: Path) -> int:
+    """Bytes that are in it."""
     try:
-        lines = file.read_text(errors="replace").splitlines()
+        log.parent.mkdir(exist_ok=True)
+        log.touch()
+        return log.stat().st_size
+    except OSError as error:
+        raise StoreError(f"{log}: {error.strerror}") from None
+
+
+def _last_line(log: Path, start: int) -> str:
+    """What follows so many bytes, if the line is whole."""
+    try:
+        text = log.read_bytes()[start:].decode(errors="replace")
     except OSError:
         return ""
-    return lines[-1].removeprefix("clipctl: ") if lines else ""
+    return text.splitlines()[-1] if text.endswith("\n") else ""

@@ -286,6 +286,15 @@ def test_a_full_disk_is_exit_7_and_keeps_earlier_rollouts(tmp_path: Path) -> Non
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_an_error_that_cannot_be_printed_keeps_its_exit_code() -> None:
+    """A log on a full disk."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "clipctl", *TRAIN, "--set", "clip.loww=1"], stderr=full, check=False
+        )
+    assert done.returncode == 2
+
+
 def test_debug_shows_the_traceback() -> None:
     done = clipctl("train", "--preset", "tinny", "--debug")
     assert "Traceback" in done.stderr

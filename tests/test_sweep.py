@@ -403,6 +403,31 @@ def test_a_run_that_fails_costs_itself_alone(tmp_path: Path) -> None:
     assert (code, errors.count("failed (exit code 5)")) == (9, 2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [40, 120])
+def test_a_sweep_on_a_full_disk_ends_with_its_code(tmp_path: Path, room: int) -> None:
+    """room: kB. With the smaller one not even a log's line fits. No further run is started, and with space all are run."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={200 + room}k", "tmpfs", str(disk)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        (disk / "others").write_bytes(bytes(200 << 10))
+        code, errors = ended(started(disk, TINY, "--seeds", "3"))
+        assert code == 7, errors
+        assert errors.count(": starts") == errors.count("tiny-0: failed (exit code 7): ") == 1
+        assert errors.splitlines()[-1] == (
+            "clipctl: runs/s: no space is left on the disk (0.0 MB are free) for tiny-0; 0 of 3 runs ended, 1 failed, "
+            "2 waiting; free some, then the same command with --retry-failed goes on"
+        )
+        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        swept(disk, TINY, "--seeds", "3", "--retry-failed")
+        assert {state for state, _ in states(disk / "runs" / "s").values()} == {"finished"}
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
 def _without_lr() -> dict[str, Any]:
     return {key: value for key, value in TINY.items() if key != "optim.lr"}
 
