@@ -11,7 +11,8 @@ from clipctl.fold import store_problem
 from clipctl.folder import is_evaluation, read_json, usable_status
 from clipctl.journal import taken
 from clipctl.layers import leaves
-from clipctl.lock import lock_run
+from clipctl.lock import lock_run, refuse_living
+from clipctl.recovery import recover_status
 from clipctl.spec import RunSpec, spec_from_json
 
 Resume = Literal["auto", "never", "must"]
@@ -24,7 +25,8 @@ class Earlier:
     """A run that was begun before, locked for this process. lock: None in the other processes of a run of several.
 
     status: its status.json, empty where it was killed before it had one. place: of the checkpoint to go on from, None for
-    the beginning. problems: what is wrong with newer checkpoints. finished: there is nothing left to do.
+    the beginning. problems: what is wrong with newer checkpoints. recovered: what is to be said of a status.json that had to
+    be made again, empty where it was whole. finished: there is nothing left to do.
     """
 
     folder: Path
@@ -32,6 +34,7 @@ class Earlier:
     status: dict[str, Any]
     place: Place | None
     problems: list[str]
+    recovered: str
     finished: bool
 
     @property
@@ -59,29 +62,38 @@ def find_earlier(
     _refuse_other_folders(folder)
     lock = lock_run(folder, warn)
     try:
-        return _look_at(folder, spec, lock, processes)
+        return _look_at(folder, spec, lock, processes, warn)
     except BaseException:
         lock.close()
         raise
 
 
-def _look_at(folder: Path, spec: RunSpec, lock: IO[str], processes: int) -> Earlier:
+def _look_at(folder: Path, spec: RunSpec, lock: IO[str], processes: int, warn: Callable[[str], None]) -> Earlier:
     if not (folder / "spec.json").exists():
-        return Earlier(folder, lock, {}, None, [], finished=False)
-    status = _status_of(folder)
+        return Earlier(folder, lock, {}, None, [], "", finished=False)
     _refuse_other_specs(folder, spec)
-    if status["state"] == "finished" and spec.run.steps <= status["rollouts"]:
-        return Earlier(folder, lock, status, None, [], finished=True)
+    recovered, damage = "", status_problem(folder)
+    if damage:
+        # It no longer says which machine runs the run, and a lock may not be seen from another one.
+        refuse_living(folder, f"{folder.name}: {damage}, and with it who runs the run", warn)
+    status = {} if damage else read_json(folder / "status.json", [])
+    if status and status["state"] == "finished" and spec.run.steps <= status["rollouts"]:
+        return Earlier(folder, lock, status, None, [], "", finished=True)
     problem = store_problem(folder)
     if problem is not None:
         raise StoreError(
             f"{folder / 'metrics.duckdb'} cannot be gone on with: {problem}; move it away to go on without the rows that it "
             "holds, or start anew under another --name"
         )
+    if damage:
+        status, recovered = recover_status(folder, damage)
+        if status["state"] == "stopped" and spec.run.steps <= _steps_before(folder):
+            # It stops where it goes on, and its status.json is whole then.
+            status["state"] = "interrupted"
     remove_leftovers(folder / "checkpoints")
     place, problems = newest_good(folder / "checkpoints")
     _refuse_going_back(folder, spec, status, place)
-    earlier = Earlier(folder, lock, status, place, problems, finished=False)
+    earlier = Earlier(folder, lock, status, place, problems, recovered, finished=False)
     if earlier.checkpoint is not None and spec.engine.trainer == "deepspeed":
         _refuse_other_processes(earlier.checkpoint, processes)
     return earlier
@@ -116,15 +128,19 @@ def _refuse_other_folders(folder: Path) -> None:
         raise SpecError(f"run.name: {folder} is no run (it has {others[0]} and no spec.json); choose another --name")
 
 
-def _status_of(folder: Path) -> dict[str, Any]:
-    problems: list[str] = []
-    status = usable_status(read_json(folder / "status.json", problems), problems)
-    needed = ("attempt", "rollouts", "state", "created_at")
-    if problems or not all(name in status for name in needed):
-        raise StoreError(
-            f"{folder}: {'; '.join(problems) or 'status.json is damaged'}; start anew under another --name"
-        )
-    return status
+def status_problem(folder: Path) -> str:
+    """What is wrong with a run's status.json, empty where another attempt can go on with it. Raises StoreError where this
+    process may not read it."""
+    try:
+        (folder / "status.json").read_bytes()
+    except FileNotFoundError:
+        return "status.json is missing"
+    except OSError as error:
+        raise StoreError(f"{folder / 'status.json'} cannot be read: {error.strerror}") from None
+    status = usable_status(read_json(folder / "status.json", []), [])
+    needed = {"attempt": int, "rollouts": int, "state": str, "created_at": str}
+    whole = all(isinstance(status.get(name), kind) for name, kind in needed.items())
+    return "" if whole else "status.json is damaged"
 
 
 def _refuse_other_specs(folder: Path, spec: RunSpec) -> None:

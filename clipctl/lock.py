@@ -54,9 +54,15 @@ def _take(folder: Path, file: IO[str], warn: Callable[[str], None]) -> None:
         locks = False
     status = _status(folder)
     if status.get("state") == "running" and not (locks and status.get("host") == socket.gethostname()):
-        warn(f"{status.get('host')} was running {folder.name}: waiting for {BEAT_SECONDS + 5:.0f} s for a sign of life")
-        if _beats(folder, status.get("heartbeat")):
-            raise _running(folder)
+        refuse_living(folder, f"{status.get('host')} was running {folder.name}", warn)
+
+
+def refuse_living(folder: Path, why: str, warn: Callable[[str], None]) -> None:
+    """Waits for a heartbeat, whose file a living process replaces whatever became of it, and raises SpecError where one comes.
+    why: is waited."""
+    warn(f"{why}: waiting for {BEAT_SECONDS + 5:.0f} s for a sign of life")
+    if _beats(folder, _status(folder).get("heartbeat")):
+        raise _running(folder)
 
 
 def _beats(folder: Path, before: str | None) -> bool:

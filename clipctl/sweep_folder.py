@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from clipctl.attempts import MAY_CHANGE, spec_changes
+from clipctl.attempts import MAY_CHANGE, spec_changes, status_problem
+from clipctl.checkpoint import places
 from clipctl.discover import find_folders
 from clipctl.errors import SpecError, StoreError
 from clipctl.folder import read_json, state_of, usable_status
@@ -56,8 +57,18 @@ class Placed:
 
     @property
     def rollouts(self) -> int:
-        """How many are stored."""
+        """How many are stored; how many the newest checkpoint has, where status.json does not say."""
+        if self.damage:
+            return next((place.rollouts for place in places(self.folder / "checkpoints")), 0)
         return int(_status(self.folder).get("rollouts", 0))
+
+    @property
+    def damage(self) -> str:
+        """What is wrong with the status.json of a run that was begun, empty where it is whole."""
+        try:
+            return status_problem(self.folder) if (self.folder / "spec.json").exists() else ""
+        except StoreError as error:
+            return str(error)
 
     @property
     def message(self) -> str:
@@ -66,6 +77,8 @@ class Placed:
 
     @property
     def outlook(self) -> Outlook:
+        if self.damage:
+            return "unfinished"
         status = _status(self.folder)
         state = state_of(status) if status else None
         if state is None:

@@ -40,6 +40,8 @@ def _to_do(place: Placed, retry_failed: bool) -> str:
         "stopped": "nothing: stopped by an alarm",
         "failed": "run it again: failed" if retry_failed else "nothing without --retry-failed: failed",
     }[place.outlook]
+    if place.damage:
+        words += f": {place.damage}"
     if is_running(place.folder):
         words = "wait: it is being run"
     return words + (f", as {place.folder}" if place.shared else "")

@@ -849,6 +849,9 @@ def describe(place: Place) -> str:
 def begin(job: Job, earlier: Earlier | None) -> tuple[RunState, OpenRollout | None]:
     """The state to begin with: a new run's, or that of the checkpoint to go on from, whose model the engine has loaded."""
     note_processes(job)
+    if earlier is not None and earlier.recovered:
+        job.writer.event("status_damaged", earlier.recovered)
+        job.warn(earlier.recovered)
     if earlier is None or earlier.checkpoint is None:
         if earlier is not None and earlier.status:
             job.warn(f"{job.writer.folder.name} has no checkpoint yet: it begins again")

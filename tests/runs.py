@@ -22,7 +22,7 @@ VIEWS = {
     "evals": "rollout, benchmark, position, sample",
     "events": "rollout, kind, message",
 }
-OF_ATTEMPTS = ("processes", "resumed", "interrupted", "failed", "checkpoint_damaged")
+OF_ATTEMPTS = ("processes", "resumed", "interrupted", "failed", "checkpoint_damaged", "status_damaged")
 
 
 def stored(folder: Path) -> dict[str, list[tuple[Any, ...]]]:

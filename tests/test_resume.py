@@ -583,12 +583,11 @@ def test_of_two_launches_at_once_one_runs(tmp_path: Path, longer: Path) -> None:
 
 
 def test_a_run_of_another_machine_is_watched_for_a_heartbeat(
-    tmp_path: Path, two_rollouts: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, two_rollouts: Path, monkeypatch: pytest.MonkeyPatch, short_wait: None
 ) -> None:
     """Locks may be of one machine only. Clocks are not compared: the heartbeat of the other one may be of any time."""
     from clipctl import lock
 
-    monkeypatch.setattr(lock, "BEAT_SECONDS", -3.5)
     elsewhere = status(two_rollouts) | {
         "state": "running",
         "host": "elsewhere",
@@ -631,6 +630,21 @@ def test_a_run_that_an_alarm_stopped_stays_stopped(tmp_path: Path) -> None:
     said: list[str] = []
     run(tmp_path, overrides=overrides | {"run.steps": 4}, said=said)
     assert said[0] == "x: attempt 1 goes on from rollout 1"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_wait")
+def test_a_damaged_status_starts_no_stopped_run_again(tmp_path: Path) -> None:
+    overrides = {"run.stop_on": ["no_clipping"], "clip.low": 0.9, "control.target_entropy": None, "clip.high": float("inf"),
+                 "optim.lr": 1e-6}  # fmt: skip
+    for _ in range(2):
+        with pytest.raises(AlarmStop, match="stopped by the alarm no_clipping after rollout 0"):
+            run(tmp_path, overrides=overrides)
+        assert status(tmp_path / "x")["state"] == "stopped"
+        (tmp_path / "x" / "status.json").write_text("{")
+    said: list[str] = []
+    run(tmp_path, overrides=overrides | {"run.steps": 4}, said=said)
+    assert said[2] == "x: attempt 2 goes on from rollout 1"
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -679,9 +693,79 @@ def test_a_damaged_store_is_not_gone_on_with_until_it_is_moved_away(two_rollouts
     assert status(two_rollouts)["state"] == "finished"
 
 
-def test_a_damaged_status_is_named(two_rollouts: Path) -> None:
-    (two_rollouts / "status.json").write_text('{"state": "interrupted"')
-    with pytest.raises(StoreError, match=r"status\.json is damaged; start anew"):
+@pytest.fixture
+def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a heartbeat."""
+    from clipctl import lock
+
+    monkeypatch.setattr(lock, "BEAT_SECONDS", -3.5)
+
+
+def without(key: str) -> Callable[[str], str]:
+    return lambda text: json.dumps({name: value for name, value in json.loads(text).items() if name != key})
+
+
+@pytest.mark.usefixtures("short_wait")
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: text[: len(text) // 2], "damaged"),
+        pytest.param(lambda text: None, "missing", marks=pytest.mark.slow),
+        pytest.param(lambda text: "\0" * len(text), "damaged", marks=pytest.mark.slow),
+        pytest.param(without("attempt"), "damaged", marks=pytest.mark.slow),
+    ],
+)
+def test_a_damaged_status_is_made_again(
+    two_rollouts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: Path,
+    damage: Callable[[str], str | None],
+    said: str,
+) -> None:
+    """Also where an earlier attempt did rollouts of the first one again, which readers hide by what status.json says."""
+    (two_rollouts / "checkpoints" / "2" / "manifest.json").unlink()
+    interrupted(two_rollouts.parent, monkeypatch, 8)
+    before, file = status(two_rollouts), two_rollouts / "status.json"
+    assert [(resume["attempt"], resume["resumed_at"]) for resume in before["resumes"]] == [(1, 1)]
+    text = damage(file.read_text())
+    file.unlink()
+    if text is not None:
+        file.write_text(text)
+    lines: list[str] = []
+    run(two_rollouts.parent, said=lines)
+    assert lines[0] == f"x: status.json is {said}, and with it who runs the run: waiting for 2 s for a sign of life"
+    assert lines[1].startswith(
+        f"x: status.json is {said}; it is made again of what is stored: 2 attempts, 2 rollouts; lost is when the run was "
+        "begun (for which its first row, of 20"
+    )
+    assert lines[2] == "x: attempt 2 goes on from rollout 2, update 2"
+    assert_same(two_rollouts, undisturbed, 3)
+    after = status(two_rollouts)
+    assert after["resumes"][0] == before["resumes"][0] | {"time": after["resumes"][0]["time"]}
+    assert after["resumes"][0]["time"] > after["created_at"] > before["created_at"]
+    assert (after["attempt"], after["state"]) == (2, "finished")
+    assert rows(two_rollouts, "select attempt, message from events where kind = 'status_damaged'") == [(2, lines[1])]
+
+
+@pytest.mark.usefixtures("short_wait")
+def test_a_damaged_status_of_a_living_run_is_left_to_it(two_rollouts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another machine, whose lock is not seen here: its next heartbeat makes the file whole."""
+    from clipctl import lock
+
+    elsewhere = status(two_rollouts) | {"state": "running", "host": "elsewhere"}
+    (two_rollouts / "status.json").write_text("{")
+    monkeypatch.setattr(
+        lock.time, "sleep", lambda seconds: (two_rollouts / "status.json").write_text(json.dumps(elsewhere))
+    )
+    with pytest.raises(SpecError, match=r"is being run \(process .* on elsewhere"):
+        run(two_rollouts.parent)
+
+
+@pytest.mark.usefixtures("short_wait")
+def test_a_status_that_may_not_be_read_is_not_made_again(two_rollouts: Path) -> None:
+    (two_rollouts / "status.json").unlink()
+    (two_rollouts / "status.json").mkdir()
+    with pytest.raises(StoreError, match=r"status\.json cannot be read: Is a directory"):
         run(two_rollouts.parent)
 
 

@@ -404,6 +404,25 @@ def test_a_run_that_fails_costs_itself_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_with_a_damaged_status_is_gone_on_with(tmp_path: Path) -> None:
+    """Its process waits for half a minute for a heartbeat."""
+    swept(tmp_path, TINY, "--seeds", "2")
+    folder = tmp_path / "runs" / "s"
+    (folder / "tiny-1" / "status.json").write_text('{"state": "fin')
+    errors = swept(tmp_path, TINY, "--seeds", "2")
+    assert "tiny-1  1     2/2       go on: status.json is damaged" in errors
+    assert "tiny-1: goes on from rollout 2" in errors
+    assert states(folder) == {"tiny-0": ("finished", 0), "tiny-1": ("finished", 1)}
+    assert rows(folder, "select run_id, rollout from rollouts order by all") == [
+        ("tiny-0", 0), ("tiny-0", 1), ("tiny-1", 0), ("tiny-1", 1),
+    ]  # fmt: skip
+    assert (
+        "tiny-1: status.json is damaged; it is made again of what is stored: 1 attempt, 2 rollouts; lost is when "
+        in (folder / "logs" / "tiny-1.txt").read_text()
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [40, 120])
 def test_a_sweep_on_a_full_disk_ends_with_its_code(tmp_path: Path, room: int) -> None:
     """room: kB. With the smaller one not even a log's line fits. No further run is started, and with space all are run."""
