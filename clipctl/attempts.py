@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from clipctl.checkpoint import Place, newest_good, processes_of, remove_leftovers
+from clipctl.checkpoint import Place, newest, newest_good, processes_of, remove_leftovers
 from clipctl.errors import AlarmStop, SpecError, StoreError
 from clipctl.fold import store_problem
-from clipctl.folder import is_evaluation, read_json, usable_status
+from clipctl.folder import is_evaluation, read_json, state_of, usable_status
 from clipctl.journal import taken
 from clipctl.layers import leaves
-from clipctl.lock import lock_run, refuse_living
+from clipctl.lock import being_run, lock_run, refuse_living
 from clipctl.recovery import recover_status
 from clipctl.spec import RunSpec, spec_from_json
 
@@ -51,21 +51,63 @@ def find_earlier(
     being run and for DeepSpeed's checkpoint of another number of processes, AlarmStop for one that an alarm ended, StoreError
     for a damaged one. Cheap where nothing was done; else checkpoints are read whole.
     """
-    if resume == "must" and not (folder / "spec.json").exists():
-        raise SpecError(
-            f"--resume must: there is no run {folder.name!r} in {folder.parent}; leave --resume out to start it"
-        )
-    if not folder.exists():
+    if not _may_go_on(folder, resume):
         return None
-    if resume == "never":
-        raise taken(folder)
-    _refuse_other_folders(folder)
     lock = lock_run(folder, warn)
     try:
         return _look_at(folder, spec, lock, processes, warn)
     except BaseException:
         lock.close()
         raise
+
+
+def foresee(runs_dir: Path, spec: RunSpec, resume: Resume, processes: int = 1) -> str:
+    """What `find_earlier` would find of the run that the spec names, in words; writes nothing, waits for nothing, and takes
+    checkpoints to be whole. Raises the same errors, and SpecError for a run that seems to be alive."""
+    name = spec.run.name
+    refuse_nameless(name, resume)
+    if name is None:
+        return f"a new one in {runs_dir}; with --name the same command could go on with it"
+    folder = runs_dir / name
+    if not _may_go_on(folder, resume):
+        return f"{folder}, new"
+    if not (folder / "spec.json").exists():
+        return f"{folder}, which was not begun yet"
+    _refuse_other_specs(folder, spec)
+    damage = status_problem(folder)
+    status = {} if damage else read_json(folder / "status.json", [])
+    if state_of(status) == "running":
+        raise being_run(folder)
+    if status.get("state") == "finished" and spec.run.steps <= status["rollouts"]:
+        return f"{folder}, which is finished, with {status['rollouts']} rollouts: nothing would be run; raise run.steps"
+    place = newest(folder / "checkpoints")
+    _refuse_going_back(folder, spec, status or {"state": "interrupted"}, place)
+    if place is not None and spec.engine.trainer == "deepspeed":
+        _refuse_other_processes(folder / "checkpoints" / str(place), processes)
+    where = "begins again: it has no checkpoint" if place is None else f"goes on from {place.words}"
+    return f"{folder}, which {where}" + (f"; {damage}, and would be made again" if damage else "")
+
+
+def refuse_nameless(name: str | None, resume: Resume) -> None:
+    """Raises SpecError where a run without a name is to be gone on with."""
+    if name is None and resume == "must":
+        raise SpecError(
+            "--resume must: a run without --name is always a new one; give the --name of the run to go on with"
+        )
+
+
+def _may_go_on(folder: Path, resume: Resume) -> bool:
+    """Whether the folder is there to be gone on with; SpecError for what `resume` refuses, and for what is no run."""
+    if resume == "must" and not (folder / "spec.json").exists():
+        raise SpecError(
+            f"--resume must: there is no run {folder.name!r} in {folder.parent}; leave --resume out to start it"
+        )
+    if not folder.exists():
+        return False
+    if resume == "never":
+        raise taken(folder)
+    _refuse_other_folders(folder)
+    return True
 
 
 def _look_at(folder: Path, spec: RunSpec, lock: IO[str], processes: int, warn: Callable[[str], None]) -> Earlier:

@@ -39,6 +39,11 @@ class Place:
     def __str__(self) -> str:
         return f"{self.rollouts}+{self.updates}" if self.updates else str(self.rollouts)
 
+    @property
+    def words(self) -> str:
+        """`rollout 2, update 5`."""
+        return f"rollout {self.rollouts}" + (f", update {self.updates}" if self.updates else "")
+
 
 @contextmanager
 def new_checkpoint(checkpoints: Path, place: Place, settings: Checkpoint) -> Iterator[Path]:
@@ -68,6 +73,11 @@ def places(checkpoints: Path) -> list[Place]:
     names = [entry.name for entry in checkpoints.iterdir() if entry.is_dir()] if checkpoints.is_dir() else []
     found = [Place(int(match[1]), int(match[2] or 0)) for match in map(NAME.fullmatch, names) if match]
     return sorted(found, reverse=True)
+
+
+def newest(checkpoints: Path) -> Place | None:
+    """The newest checkpoint that a run can go on from, if it is whole; None where there is none."""
+    return next((place for place in places(checkpoints) if not _is_model_alone(checkpoints / str(place))), None)
 
 
 def newest_good(checkpoints: Path) -> tuple[Place | None, list[str]]:

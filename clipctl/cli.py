@@ -105,11 +105,13 @@ def train(
     seat = find_seat()
     first = seat is None or seat.rank == 0
     if dry_run:
+        from clipctl.attempts import foresee
         from clipctl.plan import make_plan, plan_lines
 
         processes = nproc or (seat.size if seat is not None else 1)
+        plan, earlier = make_plan(resolved, processes), foresee(runs_dir, resolved, resume, processes)
         if first:
-            print("\n".join(plan_lines(make_plan(resolved, processes))))
+            print("\n".join([f"{'run:':16}{earlier}", *plan_lines(plan)]))
         return
     from clipctl.interrupts import catch_signals
     from clipctl.plan import clip_warnings

@@ -47,7 +47,7 @@ def _take(folder: Path, file: IO[str], warn: Callable[[str], None]) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise _running(folder) from None
+        raise being_run(folder) from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise StoreError(f"{folder}: the run cannot be locked: {error.strerror}") from None
@@ -62,7 +62,7 @@ def refuse_living(folder: Path, why: str, warn: Callable[[str], None]) -> None:
     why: is waited."""
     warn(f"{why}: waiting for {BEAT_SECONDS + 5:.0f} s for a sign of life")
     if _beats(folder, _status(folder).get("heartbeat")):
-        raise _running(folder)
+        raise being_run(folder)
 
 
 def _beats(folder: Path, before: str | None) -> bool:
@@ -75,7 +75,8 @@ def _beats(folder: Path, before: str | None) -> bool:
     return False
 
 
-def _running(folder: Path) -> SpecError:
+def being_run(folder: Path) -> SpecError:
+    """The error for a run that a living process runs."""
     status = _status(folder)
     who = f" (process {status['pid']} on {status['host']})" if "pid" in status and "host" in status else ""
     return SpecError(

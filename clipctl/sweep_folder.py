@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from clipctl.attempts import MAY_CHANGE, spec_changes, status_problem
-from clipctl.checkpoint import places
+from clipctl.checkpoint import newest
 from clipctl.discover import find_folders
 from clipctl.errors import SpecError, StoreError
 from clipctl.folder import read_json, state_of, usable_status
@@ -59,7 +59,8 @@ class Placed:
     def rollouts(self) -> int:
         """How many are stored; how many the newest checkpoint has, where status.json does not say."""
         if self.damage:
-            return next((place.rollouts for place in places(self.folder / "checkpoints")), 0)
+            place = newest(self.folder / "checkpoints")
+            return 0 if place is None else place.rollouts
         return int(_status(self.folder).get("rollouts", 0))
 
     @property

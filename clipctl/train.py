@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from clipctl.alarms import RolloutFacts, new_alarms
 from clipctl.algo import group_advantages, overlong_penalty, truncated_importance
-from clipctl.attempts import Earlier, Resume, find_earlier, spec_changes
+from clipctl.attempts import Earlier, Resume, find_earlier, refuse_nameless, spec_changes
 from clipctl.benchmarks import Benchmark, load_benchmarks
 from clipctl.checkpoint import STATE, Place, new_checkpoint
 from clipctl.control import TOLERANCE, ControlState, held, next_action, start_control
@@ -176,10 +176,7 @@ def train(
 
     Under torchrun, deepspeed and srun all their processes run it together; each returns the folder, rank 0 reports and warns.
     """
-    if spec.run.name is None and resume == "must":
-        raise SpecError(
-            "--resume must: a run without --name is always a new one; give the --name of the run to go on with"
-        )
+    refuse_nameless(spec.run.name, resume)
     with ExitStack() as stack:
         stop = stack.enter_context(catch_signals())
         ranks = stack.enter_context(joined(stop, on_gpu=spec.engine.device == "cuda"))
@@ -821,7 +818,7 @@ def save_checkpoint(job: Job, state: RunState, opened: OpenRollout | None = None
             job.tokenizer.save(folder)
             rng = state.rng if opened is None else rng_state()
             save_state(folder / STATE, state, opened, rng, events, job.data.digest, job.ranks.size)
-    job.writer.saved = describe(place)
+    job.writer.saved = place.words
 
 
 @contextmanager
@@ -839,11 +836,6 @@ def new_checkpoint_of_all(job: Job, place: Place) -> Iterator[Path]:
         yield folder
         job.ranks.barrier()
     job.ranks.barrier()
-
-
-def describe(place: Place) -> str:
-    """Where a run goes on from, in words."""
-    return f"rollout {place.rollouts}" + (f", update {place.updates}" if place.updates else "")
 
 
 def begin(job: Job, earlier: Earlier | None) -> tuple[RunState, OpenRollout | None]:
@@ -913,13 +905,13 @@ def reopen_rollout(job: Job, state: RunState, saved: SavedState) -> OpenRollout:
 def note_resume(job: Job, earlier: Earlier, saved: SavedState) -> None:
     """Says where the run goes on, and what is not as it was."""
     assert earlier.place is not None
-    job.writer.saved = describe(earlier.place)
+    job.writer.saved = earlier.place.words
     for problem in earlier.problems:
         job.writer.event("checkpoint_damaged", problem)
         job.warn(problem)
     before, now = saved.facts["versions"], versions(job.ranks.size)
     changed = [f"{name} {before[name]} is now {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
-    message = f"attempt {job.writer.attempt} goes on from {describe(earlier.place)}"
+    message = f"attempt {job.writer.attempt} goes on from {earlier.place.words}"
     if changed:
         message += f"; numbers may differ from those of an undisturbed run: {', '.join(changed)}"
     job.writer.event("resumed", message, data={"rollouts": earlier.place.rollouts, "updates": earlier.place.updates})

@@ -137,8 +137,13 @@ def test_views_of_a_run(tmp_path: Path) -> None:
 
 
 def test_dry_run_starts_nothing(tmp_path: Path) -> None:
-    assert clipctl("train", "--preset", "tiny", "--dry-run", "--runs-dir", str(tmp_path / "runs")).returncode == 0
+    for name in ((), ("--name", "a")):
+        assert clipctl(*TRAIN, "--dry-run", "--runs-dir", str(tmp_path / "runs"), *name).returncode == 0
     assert not (tmp_path / "runs").exists()
+    (tmp_path / "a").mkdir()
+    assert "'a' exists in" in refused(
+        2, *TRAIN, "--dry-run", "--name", "a", "--resume", "never", "--runs-dir", str(tmp_path)
+    )
 
 
 def test_a_run_and_its_analysis(tmp_path: Path) -> None:

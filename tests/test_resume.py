@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import psutil
 import pytest
 
 from clipctl import load_spec, open_runs
-from clipctl.attempts import spec_changes
+from clipctl.attempts import foresee, spec_changes
 from clipctl.checkpoint import damage
 from clipctl.engine.torch_trainer import TorchTrainer
 from clipctl.errors import AlarmStop, DataError, Preempted, SpecError, StoreError
@@ -543,6 +544,53 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"is no run \(it has thesis\.tex and no spec\.json\)"):
         run(tmp_path)
     assert [entry.name for entry in (tmp_path / "x").iterdir()] == ["thesis.tex"]
+
+
+def test_what_a_dry_run_says_of_a_name(two_rollouts: Path) -> None:
+    """The same as the run itself, which it leaves as it is."""
+    runs_dir = two_rollouts.parent
+
+    def said(resume: Any = "auto", **changes: Any) -> str:
+        return foresee(runs_dir, load_spec("tiny", SMALL | changes), resume)
+
+    def content() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in runs_dir.rglob("*") if path.is_file()}
+
+    (two_rollouts / ".lock").unlink()
+    before = content()
+    assert said() == f"{two_rollouts}, which goes on from rollout 2"
+    assert said(**{"run.name": "new"}) == f"{runs_dir / 'new'}, new"
+    assert said(**{"run.name": None}).startswith(f"a new one in {runs_dir}; with --name ")
+    refusals: list[tuple[Any, dict[str, Any]]] = [
+        ("auto", {"clip.high": 0.3}),
+        ("auto", {"run.steps": 1}),
+        ("never", {}),
+        ("must", {"run.name": "new"}),
+        ("must", {"run.name": None}),
+    ]
+    for resume, changes in refusals:
+        with pytest.raises(SpecError) as foreseen:
+            said(resume, **changes)
+        assert content() == before
+        with pytest.raises(SpecError) as refused:
+            run(runs_dir, overrides=changes, resume=resume)
+        assert str(foreseen.value) == str(refused.value)
+        (two_rollouts / ".lock").unlink(missing_ok=True)
+    now = status(two_rollouts)
+    (two_rollouts / "status.json").write_text(
+        json.dumps(now | {"state": "running", "host": "elsewhere", "heartbeat": datetime.now(UTC).isoformat()})
+    )
+    with pytest.raises(SpecError, match=r"'x' is being run \(process \d+ on elsewhere\)"):
+        said()
+    (two_rollouts / "status.json").write_text(json.dumps(now | {"state": "finished", "rollouts": 3}))
+    assert said().endswith("x, which is finished, with 3 rollouts: nothing would be run; raise run.steps")
+    (two_rollouts / "status.json").write_text(
+        json.dumps(now | {"state": "stopped", "message": "stopped by the alarm y"})
+    )
+    with pytest.raises(AlarmStop, match=r"x was stopped by the alarm y; raise run\.steps"):
+        said()
+    (two_rollouts / "status.json").write_text("{")
+    assert said().endswith("x, which goes on from rollout 2; status.json is damaged, and would be made again")
 
 
 def test_other_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
