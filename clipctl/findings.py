@@ -322,7 +322,7 @@ def slurm_finding(environment: Mapping[str, str]) -> Finding:
 
 
 def compiler_finding() -> Finding:
-    """What Triton (vLLM and torch.compile on GPUs) and DeepSpeed's own optimizers are built with when they are first used."""
+    """What Triton (engine.statistics, vLLM on GPUs) and DeepSpeed's own optimizers are built with when they are first used."""
     c, cxx = (
         next((name for name in names if shutil.which(name)), None) for names in (("cc", "gcc", "clang"), ("c++", "g++"))
     )
@@ -341,7 +341,8 @@ def compiler_finding() -> Finding:
         return Finding("compilers", "ok", text, facts=facts)
     text += f"; not there: {', '.join(lacking)}"
     fix = (
-        "only vLLM on GPUs (cc, Python headers) and DeepSpeed's fused and offloaded Adam (c++, nvcc, ninja) build with them: "
+        "only engine.statistics = 'triton' and vLLM on GPUs (cc, Python headers) and DeepSpeed's fused and offloaded Adam "
+        "(c++, nvcc, ninja) build with them: "
         "apt-get install build-essential python3-dev ninja-build"
     )
     return Finding("compilers", "note", text, fix, facts)

@@ -40,7 +40,8 @@ def need_device(spec: RunSpec, cuda: Probe) -> Finding:
 
 def need_compilers(spec: RunSpec, found: Finding) -> Finding | None:
     """What the engines build with on a GPU when they are first used. found: of `compiler_finding`."""
-    uses = {"cc": spec.engine.sampler == "vllm", "python_headers": spec.engine.sampler == "vllm",
+    triton = spec.engine.sampler == "vllm" or spec.engine.statistics == "triton"
+    uses = {"cc": triton, "python_headers": triton,
             "c++": spec.engine.trainer == "deepspeed", "ninja": spec.engine.trainer == "deepspeed"}  # fmt: skip
     lacking = [name.replace("_", " ") for name, used in uses.items() if used and not found.facts[name]]
     if spec.engine.device == "cpu" or not lacking:

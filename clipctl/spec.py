@@ -347,6 +347,9 @@ class Engine(Group):
     """Responses decoded side by side."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    statistics: Literal["torch", "triton"] = "torch"
+    """What makes log π, entropy and E[Q] of logits, and the logits' gradient. `triton`: fused kernels for an NVIDIA GPU, faster,
+    rounded otherwise; they are built when a run starts, with a C compiler and Python's headers."""
     probe_tolerance: Positive | None = None
     """Largest mean of |log π(trainer) - log π(sampler)|, nats, over a probe text that both score each time the sampler has
     got new weights; the run stops above it. None: 0.001 in float32, 0.1 in bfloat16."""
@@ -361,6 +364,8 @@ class Engine(Group):
             raise ValueError(f"deepspeed: its keys have no effect with trainer = {self.trainer!r}")
         if self.sampler != "vllm" and self.vllm != Vllm():
             raise ValueError(f"vllm: its keys have no effect with sampler = {self.sampler!r}")
+        if self.device == "cpu" and self.statistics == "triton":
+            raise ValueError("statistics = 'triton' needs device = 'cuda'; on a CPU statistics = 'torch'")
         if self.device == "cpu" and self.vllm.tensor_parallel > 1:
             raise ValueError(f"vllm.tensor_parallel = {self.vllm.tensor_parallel} needs device = 'cuda'")
         return self

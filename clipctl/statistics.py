@@ -15,7 +15,7 @@ the leading dimension, which is several times faster for vocabularies of a few d
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 23}
 """Logits of one chunk (tokens × vocabulary), by device: small enough for the cache, large enough for the products."""
 CHUNK_VOCABULARY = {"cpu": 2048, "cuda": 8192}
 """Vocabulary of one chunk where there are tokens enough to fill it."""
+
+
+Kernels = Literal["torch", "triton"]
+"""Plain operations on any device, or the kernels of `clipctl.kernels`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +47,18 @@ class TokenStatistics:
 
 
 def token_statistics(
-    hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, *, temperature: float = 1.0
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    targets_T: Tensor,
+    *,
+    temperature: float = 1.0,
+    kernels: Kernels = "torch",
 ) -> TokenStatistics:
     """log π(y), H, Σπ², Σπ² log π and E[Q] of π = softmax(hidden·headᵀ / temperature), exact over the vocabulary.
 
     hidden_TD, head_VD: both float32, or both bfloat16 or float16, whose products are accumulated in float32.
     targets_T: int64, 0 ≤ y < V; on a GPU a target outside gives NaN. temperature: above 0, applied once, to the logits.
+    kernels: `triton` makes the sums and the logits' gradient in one kernel each (CUDA GPUs), with another rounding.
     Gradients reach hidden and head from logprob_T and entropy_T. The backward pass makes the logits again, chunk by
     chunk; with 16-bit operands dL/dz is rounded to them, as in any 16-bit backward pass, and sums stay float32.
     Raises ValueError for a temperature that is not positive. Sources: Σπ² log π and E[Q], arXiv 2509.26114, Theorem 1;
@@ -60,7 +70,8 @@ def token_statistics(
     assert hidden_TD.shape[1] == head_VD.shape[1]
     assert targets_T.shape == hidden_TD.shape[:1]
     assert hidden_TD.dtype == head_VD.dtype != torch.float64, f"{hidden_TD.dtype} hidden, {head_VD.dtype} head"
-    return TokenStatistics(*_Statistics.apply(hidden_TD, head_VD, targets_T, float(temperature)))  # type: ignore[no-untyped-call]
+    found = _Statistics.apply(hidden_TD, head_VD, targets_T, float(temperature), kernels)  # type: ignore[no-untyped-call]
+    return TokenStatistics(*found)
 
 
 def float32_logits(hidden_BD: Tensor, head_VD: Tensor) -> Tensor:
@@ -85,6 +96,7 @@ class _Context(Protocol):
     """What autograd hands to both passes."""
 
     temperature: float
+    kernels: Kernels
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
 
@@ -98,9 +110,9 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _Context, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, temperature: float
+        ctx: _Context, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, temperature: float, kernels: Kernels
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        sums = _token_sums(hidden_TD, head_VD, targets_T, temperature)
+        sums = (_row_sums if kernels == "triton" else _token_sums)(hidden_TD, head_VD, targets_T, temperature)
         log_s1_T = sums.s1_T.log()
         mean_T = sums.t1_T / sums.s1_T
         logprob_T = sums.target_T - sums.max_T - log_s1_T
@@ -109,7 +121,7 @@ class _Statistics(torch.autograd.Function):
         sum_p2_T = sums.s2_T / square_T
         sum_p2_logp_T = (sums.t2_T - sums.s2_T * log_s1_T) / square_T
         expected_q_T = (sums.t2_T - sums.s2_T * mean_T) / square_T
-        ctx.temperature = temperature
+        ctx.temperature, ctx.kernels = temperature, kernels
         ctx.save_for_backward(hidden_TD, head_VD, targets_T, sums.max_T + log_s1_T, entropy_T)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(sum_p2_T, sum_p2_logp_T, expected_q_T)
@@ -119,13 +131,14 @@ class _Statistics(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: _Context, grad_logprob_T: Tensor | None, grad_entropy_T: Tensor | None, *_: None
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         if (grad_logprob_T is None and grad_entropy_T is None) or not (needs_hidden or needs_head):
-            return None, None, None, None
+            return None, None, None, None, None
         hidden_TD, head_VD, targets_T, lse_T, entropy_T = ctx.saved_tensors
         gradient = _LogitGradient(lse_T, entropy_T, targets_T, grad_logprob_T, grad_entropy_T, ctx.temperature)
-        return *_backward(hidden_TD, head_VD, gradient, needs_hidden, needs_head), None, None
+        backward = _row_backward if ctx.kernels == "triton" else _backward
+        return *backward(hidden_TD, head_VD, gradient, needs_hidden, needs_head), None, None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,25 +152,30 @@ class _LogitGradient:
     grad_entropy_T: Tensor | None
     temperature: float
 
+    def coefficients(self, at: slice) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """slope, offset and pull of tokens `at`: dL/d(h·W) = π (slope · log π + offset), plus pull at the target; None is 0."""
+        slope_T = pull_T = None
+        offset_T = torch.zeros_like(self.lse_T[at])
+        if self.grad_entropy_T is not None:
+            slope_T = self.grad_entropy_T[at] / -self.temperature
+            offset_T = slope_T * self.entropy_T[at]
+        if self.grad_logprob_T is not None:
+            pull_T = self.grad_logprob_T[at] / self.temperature
+            offset_T = offset_T - pull_T
+        return slope_T, offset_T, pull_T
+
     def __call__(self, logits_VT: Tensor, at: slice, start: int) -> Tensor:
         """dL/d(h·W) [V,T] of tokens `at` and the vocabulary from `start`; overwrites logits_VT."""
+        slope_T, offset_T, pull_T = self.coefficients(at)
         if self.temperature != 1.0:
             logits_VT /= self.temperature
         logp_VT = logits_VT.sub_(self.lse_T[at])
         probability_VT = logp_VT.exp()
-        if self.grad_entropy_T is None:
-            assert self.grad_logprob_T is not None
-            out_VT = probability_VT.mul_(self.grad_logprob_T[at] / -self.temperature)
-        else:
-            slope_T = self.grad_entropy_T[at] / -self.temperature
-            offset_T = slope_T * self.entropy_T[at]
-            if self.grad_logprob_T is not None:
-                offset_T -= self.grad_logprob_T[at] / self.temperature
-            out_VT = logp_VT.mul_(slope_T).add_(offset_T).mul_(probability_VT)
-        if self.grad_logprob_T is not None:
+        change_VT = offset_T if slope_T is None else logp_VT.mul_(slope_T).add_(offset_T)
+        out_VT = probability_VT.mul_(change_VT)
+        if pull_T is not None:
             inside_T, local_1T = _local_targets(self.targets_T[at], start, logits_VT.shape[0])
-            pull_T = torch.where(inside_T, self.grad_logprob_T[at] / self.temperature, 0.0)
-            out_VT.scatter_(0, local_1T, out_VT.gather(0, local_1T) + pull_T)
+            out_VT.scatter_(0, local_1T, out_VT.gather(0, local_1T) + torch.where(inside_T, pull_T, 0.0))
         return out_VT
 
 
@@ -239,6 +257,53 @@ def _backward(
                     _add_product(grad_hidden_TD[at], out_VT.T, head_chunk_VD)
                 if grad_head_VD is not None:
                     _add_product(grad_chunk_VD, out_VT, hidden_chunk_TD)
+            if grad_head_VD is not None:
+                grad_head_VD[start:stop] = grad_chunk_VD
+    return None if grad_hidden_TD is None else grad_hidden_TD.to(hidden_TD.dtype), grad_head_VD
+
+
+def _row_sums(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, temperature: float) -> _Sums:
+    """As `_token_sums`, each part's logits read once by one kernel."""
+    from clipctl.kernels import LOWEST, SUMS, add_sums
+
+    parts, ranges = _chunks(hidden_TD.shape[0], head_VD.shape[0], hidden_TD.device)
+    empty_6 = torch.tensor([LOWEST, *[0.0] * (SUMS - 2), torch.nan], device=hidden_TD.device)
+    found = [empty_6[:, None].repeat(1, at.stop - at.start) for at in parts]
+    with _exact_products(hidden_TD):
+        for start, stop in ranges:
+            head_chunk_VD = _operand(head_VD[start:stop])
+            for at, sums_6T in zip(parts, found, strict=True):
+                logits_TV = _product(_operand(hidden_TD[at]), head_chunk_VD.T)
+                add_sums(logits_TV, sums_6T, targets_T[at], start, temperature)
+    return _Sums(*torch.cat(found, 1))
+
+
+def _row_backward(
+    hidden_TD: Tensor, head_VD: Tensor, gradient: _LogitGradient, needs_hidden: bool, needs_head: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `_backward`, the gradient of each part's logits made by one kernel."""
+    from clipctl.kernels import logit_gradient
+
+    parts, ranges = _chunks(hidden_TD.shape[0], head_VD.shape[0], hidden_TD.device)
+    grad_hidden_TD = torch.zeros_like(hidden_TD, dtype=torch.float32) if needs_hidden else None
+    grad_head_VD = torch.empty_like(head_VD) if needs_head else None
+    coefficients = [gradient.coefficients(at) for at in parts]
+    with _exact_products(hidden_TD):
+        for start, stop in ranges:
+            head_chunk_VD = _operand(head_VD[start:stop])
+            grad_chunk_VD = torch.zeros_like(head_chunk_VD, dtype=torch.float32)
+            for at, (slope_T, offset_T, pull_T) in zip(parts, coefficients, strict=True):
+                hidden_chunk_TD = _operand(hidden_TD[at])
+                logits_TV = _product(hidden_chunk_TD, head_chunk_VD.T)
+                out_TV = torch.empty_like(logits_TV, dtype=head_chunk_VD.dtype)
+                logit_gradient(
+                    logits_TV, out_TV, gradient.lse_T[at], slope_T, offset_T, pull_T,
+                    gradient.targets_T[at], start, gradient.temperature,
+                )  # fmt: skip
+                if grad_hidden_TD is not None:
+                    _add_product(grad_hidden_TD[at], out_TV, head_chunk_VD)
+                if grad_head_VD is not None:
+                    _add_product(grad_chunk_VD, out_TV.T, hidden_chunk_TD)
             if grad_head_VD is not None:
                 grad_head_VD[start:stop] = grad_chunk_VD
     return None if grad_hidden_TD is None else grad_hidden_TD.to(hidden_TD.dtype), grad_head_VD

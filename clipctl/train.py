@@ -34,10 +34,9 @@ from clipctl.attempts import Earlier, Resume, find_earlier, refuse_nameless, spe
 from clipctl.benchmarks import Benchmark, load_benchmarks
 from clipctl.checkpoint import STATE, Place, new_checkpoint
 from clipctl.control import TOLERANCE, ControlState, held, next_action, start_control
-from clipctl.engine import EnginePair, Measure, Scores, UpdateResult, check_sampler, open_engine
+from clipctl.engine import EnginePair, Measure, Scores, UpdateResult, check_sampler, check_trainer, open_engine
 from clipctl.engine.agreement import Probe, check_agreement, make_probe, push_weights
 from clipctl.engine.deepspeed_config import CONFIG_FILE
-from clipctl.engine.deepspeed_setup import check_deepspeed
 from clipctl.errors import AlarmStop, ClipctlError, DataError, DivergedError, EngineError, SpecError, StoreError
 from clipctl.eval_cache import model_hash
 from clipctl.evaluate import (
@@ -198,8 +197,7 @@ def train(
                     return earlier.folder
             grader = grader_of(spec.reward, task_grader(spec.data))
             check_sampler(spec.engine)
-            if spec.engine.trainer == "deepspeed":
-                check_deepspeed()
+            check_trainer(spec.engine)
             with ranks.first_alone():
                 problems = load_problems(spec.data, grader=grader)
                 folder = find_model(spec.model.path, pull=True)

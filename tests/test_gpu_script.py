@@ -10,8 +10,8 @@ import pytest
 
 PARTS = [
     "product, copy",
-    "statistics, bfloat16, τ = 1.5",
-    "gradient, float32",
+    "statistics, torch, bfloat16, τ = 1.5",
+    "gradient, torch, float32",
     "the bare product",
     "peak memory of a step",
     "time against its floor",

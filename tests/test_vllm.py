@@ -227,7 +227,7 @@ def test_a_missing_package_is_named_with_the_command(monkeypatch: pytest.MonkeyP
 def test_the_cache_of_a_text_counts_whole_blocks() -> None:
     """Llama-3.2-1B: 16 layers × 2 × 8 heads × 64 values of 2 bytes = 32 KiB a token; 33 tokens are two blocks of 32."""
     shape = ModelShape(128256, 2048, 16, 32, 8, 64, 8192, True, 131072)
-    spec = load_spec("llama1b-random", {"engine.device": "cpu"})
+    spec = load_spec("llama1b-random", {"engine.device": "cpu", "engine.statistics": "torch"})
     assert text_bytes(spec.engine, spec.model, shape, 33) == 64 * 32 * 1024
     gpu = load_spec(
         "llama1b-random", {"engine.device": "cuda", "engine.sampler": "vllm", "engine.vllm.tensor_parallel": 2}

@@ -154,6 +154,18 @@ def check_sampler(engine: Engine) -> None:
         check_package(engine.device)
 
 
+def check_trainer(engine: Engine) -> None:
+    """Raises DependencyError for what the trainer needs and is not there."""
+    if engine.trainer == "deepspeed":
+        from clipctl.engine.deepspeed_setup import check_deepspeed
+
+        check_deepspeed()
+    if engine.statistics == "triton":
+        from clipctl.engine.triton_setup import check_triton
+
+        check_triton()
+
+
 def open_engine(
     spec: RunSpec, model_folder: Path, longest: int, tell: Callable[[str], None], ranks: Ranks = ALONE
 ) -> EnginePair:

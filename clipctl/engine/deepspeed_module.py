@@ -8,32 +8,33 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clipctl.statistics import token_statistics
+from clipctl.statistics import Kernels, token_statistics
 
 
 class StatisticsHead(nn.Module):
     """`token_statistics` with the head as its own weight; gives the fields of `TokenStatistics` in their order."""
 
-    def __init__(self, head_VD: nn.Parameter, temperature: float) -> None:
+    def __init__(self, head_VD: nn.Parameter, temperature: float, kernels: Kernels) -> None:
         super().__init__()
         self.weight = head_VD
         self.temperature = temperature
+        self.kernels: Kernels = kernels
 
     def forward(self, hidden_TD: Tensor, targets_T: Tensor, *, whole: bool) -> tuple[Tensor, ...]:
         if not whole:
             # Run all the same: DeepSpeed has begun to gather the weight, because every other pass ends here.
             return hidden_TD, targets_T
-        found = token_statistics(hidden_TD, self.weight, targets_T, temperature=self.temperature)
+        found = token_statistics(hidden_TD, self.weight, targets_T, temperature=self.temperature, kernels=self.kernels)
         return found.logprob_T, found.entropy_T, found.sum_p2_T, found.sum_p2_logp_T, found.expected_q_T
 
 
 class PolicyModule(nn.Module):
     """A transformers causal LM and its head."""
 
-    def __init__(self, policy: Any, temperature: float) -> None:
+    def __init__(self, policy: Any, temperature: float, kernels: Kernels) -> None:
         super().__init__()
         self.policy = policy
-        self.head = StatisticsHead(policy.lm_head.weight, temperature)
+        self.head = StatisticsHead(policy.lm_head.weight, temperature, kernels)
 
     def forward(self, ids_BS: Tensor, rows_T: Tensor, columns_T: Tensor, *, whole: bool = True) -> tuple[Tensor, ...]:
         """Statistics of the tokens at (row, column); without `whole` the hidden states that predict them and those tokens."""

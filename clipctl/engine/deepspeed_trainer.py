@@ -62,7 +62,7 @@ class DeepSpeedTrainer:
         self.probe: TorchProbe | None = None
         if spec.engine.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.module = PolicyModule(model, spec.rollout.temperature)
+        self.module = PolicyModule(model, spec.rollout.temperature, spec.engine.statistics)
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if spec.engine.device == "cuda" else torch.device("cpu")
         )
@@ -97,7 +97,8 @@ class DeepSpeedTrainer:
     def keep_probe(self, batch: Batch, states: Sequence[tuple[int, int]], saved: Path | None = None) -> None:
         """The states under the weights of now, or as they were saved, to which the steps to come compare theirs."""
         budget, temperature = self.spec.engine.tokens_per_microbatch, self.spec.rollout.temperature
-        self.probe = TorchProbe(batch, states, budget, self._hidden, self._head, temperature)
+        kernels = self.spec.engine.statistics
+        self.probe = TorchProbe(batch, states, budget, self._hidden, self._head, temperature, kernels)
         if saved is not None:
             self.probe.load(load_file(saved / PROBE_FILE))
 

@@ -17,7 +17,7 @@ from clipctl.engine import ProbeResult
 from clipctl.ledger import EntropyLedger, entropy_ledger
 from clipctl.loss import PolicyLoss
 from clipctl.rollout import Batch, microbatches
-from clipctl.statistics import TokenStatistics, float32_logits, token_statistics
+from clipctl.statistics import Kernels, TokenStatistics, float32_logits, token_statistics
 
 CHUNK_ELEMENTS = 1 << 20
 """States × vocabulary that are looked at together in float64."""
@@ -46,8 +46,9 @@ class TorchProbe:
         hidden: Hidden,
         head: Callable[[], AbstractContextManager[Tensor]],
         temperature: float,
+        kernels: Kernels,
     ) -> None:
-        self.hidden, self.head, self.temperature = hidden, head, temperature
+        self.hidden, self.head, self.temperature, self.kernels = hidden, head, temperature, kernels
         self.states = len(states)
         chosen = sorted({row for row, _ in states})
         self.batch, tokens = _up_to_states(batch, states, chosen)
@@ -119,7 +120,8 @@ class TorchProbe:
         hidden_TD, targets_T = self.hidden(self.batch, part.rows)
         hidden_ND, targets_N = hidden_TD[part.places_N], targets_T[part.places_N]
         with self.head() as head_VD:
-            return hidden_ND, targets_N, token_statistics(hidden_ND, head_VD, targets_N, temperature=self.temperature)
+            found = token_statistics(hidden_ND, head_VD, targets_N, temperature=self.temperature, kernels=self.kernels)
+        return hidden_ND, targets_N, found
 
     def _logp(self, hidden_ND: Tensor) -> Tensor:
         with self.head() as head_VD:

@@ -89,6 +89,7 @@ class TorchTrainer:
             self._hidden,
             lambda: nullcontext(self.model.lm_head.weight),
             temperature,
+            engine.statistics,
         )
         if saved is not None:
             self.probe.load(load_file(saved / TRAINER_FILE))
@@ -244,7 +245,9 @@ class TorchTrainer:
         """Statistics of the response tokens of the rows `part`, flat in the order of `part`."""
         hidden_TD, targets_T = self._hidden(batch, part)
         temperature = self.spec.rollout.temperature
-        return token_statistics(hidden_TD, self.model.lm_head.weight, targets_T, temperature=temperature)
+        kernels = self.spec.engine.statistics
+        head_VD = self.model.lm_head.weight
+        return token_statistics(hidden_TD, head_VD, targets_T, temperature=temperature, kernels=kernels)
 
     def _hidden(self, batch: Batch, part: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Hidden states that predict the response tokens of the rows `part`, [T,D], and those tokens, [T]."""

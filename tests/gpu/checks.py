@@ -4,6 +4,8 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -25,6 +27,7 @@ from clipctl.models import MODELS, ModelShape, find_model, load_tokenizer, model
 from clipctl.plan import KV_CACHE, SAMPLING, memory, peak_memory, size_words
 from clipctl.rollout import Batch, DrawKey, Prompt, SamplingParams
 from clipctl.spec import RunSpec, load_spec
+from clipctl.statistics import Kernels
 from clipctl.train import Report, train
 from runs import stored, tensors
 
@@ -66,6 +69,11 @@ class Scale:
     small: bool
 
     @property
+    def kernels(self) -> list[Kernels]:
+        """Ways to make the statistics, the fastest last."""
+        return ["torch", "triton"] if self.device == "cuda" else ["torch"]
+
+    @property
     def synchronize(self) -> Callable[[], None]:
         return torch.cuda.synchronize if self.device == "cuda" else lambda: None
 
@@ -88,9 +96,9 @@ def measure_device(scale: Scale, dtype: torch.dtype) -> Device:
     left, right = (torch.randn(size, size, device=scale.device).to(dtype) for _ in range(2))
     values = torch.ones(copied // 4, device=scale.device)
     to = torch.empty_like(values)
-    product = timed(scale, lambda: left @ right)
+    multiply = timed(scale, lambda: left @ right)
     copy = timed(scale, lambda: to.copy_(values))
-    return Device(2 * size**3 / product, 2 * copied / copy)
+    return Device(2 * size**3 / multiply, 2 * copied / copy)
 
 
 def device_rows(scale: Scale) -> Iterator[Row]:
@@ -116,10 +124,10 @@ def operands(scale: Scale, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 def exactness_rows(scale: Scale) -> Iterator[Row]:
     """log π, H and E[Q] against float64 on the same operands, and the gradient by hidden states and head."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for kernels, dtype in product(scale.kernels, (torch.float32, torch.bfloat16)):
         for temperature in (0.6, 1.0, 1.5):
             hidden_TD, head_VD, targets_T = operands(scale, dtype)
-            found = token_statistics(hidden_TD, head_VD, targets_T, temperature=temperature)
+            found = token_statistics(hidden_TD, head_VD, targets_T, temperature=temperature, kernels=kernels)
             logp_TV = torch.log_softmax(hidden_TD.double() @ head_VD.double().T / temperature, -1)
             p_TV = logp_TV.exp()
             entropy_T = -(p_TV * logp_TV).sum(-1)
@@ -133,20 +141,19 @@ def exactness_rows(scale: Scale) -> Iterator[Row]:
             words = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
             bound = EXACT / min(1.0, temperature)
             good = max(errors.values()) < bound
-            yield Row(
-                f"statistics, {str(dtype)[6:]}, τ = {temperature:g}, error", words, f"< {bound:.2g}", good, errors
-            )
-        yield gradient_row(scale, dtype)
+            name = f"statistics, {kernels}, {str(dtype)[6:]}, τ = {temperature:g}, error"
+            yield Row(name, words, f"< {bound:.2g}", good, errors)
+        yield gradient_row(scale, dtype, kernels)
 
 
-def gradient_row(scale: Scale, dtype: torch.dtype) -> Row:
+def gradient_row(scale: Scale, dtype: torch.dtype, kernels: Kernels) -> Row:
     hidden_TD, head_VD, targets_T = operands(scale, dtype)
     weights_T = torch.linspace(-1, 1, len(targets_T), device=scale.device)
     exact = [tensor.double().requires_grad_() for tensor in (hidden_TD, head_VD)]
     logp_TV = torch.log_softmax(exact[0] @ exact[1].T, -1)
     (weights_T.double() * logp_TV.gather(1, targets_T[:, None])[:, 0]).sum().backward()
     ours = [tensor.requires_grad_() for tensor in (hidden_TD, head_VD)]
-    (weights_T * token_statistics(*ours, targets_T).logprob_T).sum().backward()
+    (weights_T * token_statistics(*ours, targets_T, kernels=kernels).logprob_T).sum().backward()
     errors = {
         name: float((mine.grad.double() - true.grad).norm() / true.grad.norm())
         for name, mine, true in zip(("hidden states", "head"), ours, exact, strict=True)
@@ -155,7 +162,11 @@ def gradient_row(scale: Scale, dtype: torch.dtype) -> Row:
     bound = 1e-4 if dtype == torch.float32 else 2e-2
     words = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
     return Row(
-        f"gradient, {str(dtype)[6:]}, relative error", words, f"< {bound:g}", max(errors.values()) < bound, errors
+        f"gradient, {kernels}, {str(dtype)[6:]}, relative error",
+        words,
+        f"< {bound:g}",
+        max(errors.values()) < bound,
+        errors,
     )
 
 
@@ -170,8 +181,8 @@ def speed_rows(scale: Scale) -> Iterator[Row]:
     with torch.no_grad():
         bare = timed(scale, lambda: [hidden_TD @ part_VD.T for part_VD in head_VD.split(8192)])
 
-    def ours() -> Tensor:
-        return token_statistics(hidden_TD, head_VD, targets_T).logprob_T
+    def ours(kernels: Kernels) -> Tensor:
+        return token_statistics(hidden_TD, head_VD, targets_T, kernels=kernels).logprob_T
 
     def kept() -> Tensor:
         logp_TV = torch.log_softmax(hidden_TD.float() @ head_VD.float().T, -1)
@@ -181,6 +192,8 @@ def speed_rows(scale: Scale) -> Iterator[Row]:
             p_TV.square_().mul_(logp_TV + entropy_T[:, None]).sum(-1)
         return logp_TV.gather(1, targets_T[:, None])[:, 0]
 
+    ways: dict[str, Callable[[], Tensor]] = {kernels: partial(ours, kernels) for kernels in scale.kernels}
+    ways["float32 logits that are kept"] = kept
     for backward in (False, True):
 
         def work(way: Callable[[], Tensor], backward: bool = backward) -> None:
@@ -190,14 +203,13 @@ def speed_rows(scale: Scale) -> Iterator[Row]:
             if backward:
                 logprob_T.sum().backward()
 
-        seconds = {way.__name__: timed(scale, lambda way=way: work(way)) for way in (ours, kept)}
-        extra = {way.__name__: peak_of(scale, lambda way=way: work(way)) for way in (ours, kept)}
-        words = f"{1000 * seconds['ours']:.1f} ms, {seconds['ours'] / bare:.1f} × the bare product; with kept float32 logits " \
-                f"{1000 * seconds['kept']:.1f} ms"  # fmt: skip
-        if scale.device == "cuda":
-            words += f"; memory {size_words(extra['ours'])} and {size_words(extra['kept'])}"
-        yield Row(f"{name}, {'forward and backward' if backward else 'forward'}", words,
-                  numbers=seconds | {"bare": bare, "bytes": extra})  # fmt: skip
+        for way, make in ways.items():
+            seconds, extra = timed(scale, partial(work, make)), peak_of(scale, partial(work, make))
+            words = f"{1000 * seconds:.1f} ms, {seconds / bare:.1f} × the bare product"
+            words += f"; memory {size_words(extra)}" if scale.device == "cuda" else ""
+            pass_ = "forward and backward" if backward else "forward"
+            numbers = {"seconds": seconds, "bare": bare, "bytes": extra}
+            yield Row(f"{name}, {way}, {pass_}", words, numbers=numbers)
 
 
 def peak_of(scale: Scale, work: Callable[[], Any]) -> int:
@@ -214,7 +226,12 @@ def memory_spec(scale: Scale) -> tuple[RunSpec, ModelShape]:
     """The 3B preset, or the same of a model of two layers."""
     shape = SMALL_MODEL if scale.small else MODELS["qwen2.5-3b-instruct"].shape
     tokens = 4096 if scale.small else 16384
-    changes = {"engine.device": scale.device, "engine.tokens_per_microbatch": tokens, "ledger.probe_states": 0}
+    changes = {
+        "engine.device": scale.device,
+        "engine.statistics": scale.kernels[-1],
+        "engine.tokens_per_microbatch": tokens,
+        "ledger.probe_states": 0,
+    }
     return load_spec("qwen3b-gsm8k", changes), shape
 
 
@@ -332,7 +349,8 @@ def run_spec(scale: Scale, preset: str, dtype: str, changes: dict[str, Any]) -> 
         "optim.responses_per_update": update,
         "optim.epochs": 1,
     }
-    fixed = {"run.steps": 1000, "model.dtype": dtype, "engine.device": scale.device, "ledger.network_every": 0,
+    fixed = {"run.steps": 1000, "model.dtype": dtype, "engine.device": scale.device,
+             "engine.statistics": scale.kernels[-1], "ledger.network_every": 0,
              "ledger.probe_every": 64, "checkpoint.every": 0}  # fmt: skip
     return load_spec(preset, shape | fixed | changes)
 

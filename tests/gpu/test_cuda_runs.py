@@ -37,6 +37,7 @@ SMALL: dict[str, Any] = {
     "checkpoint.every": 1,
     "store.tokens": "all",
     "engine.device": "cuda",
+    "engine.statistics": "triton",
 }
 """Everything that a run carries, as on the CPU (tests/test_resume.py)."""
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
