@@ -6,8 +6,6 @@ numbers depend on its own logits and the width of the part alone. Formulas: `cli
 Dimension letters: T tokens, V the vocabulary of one part. Logits are laid out [T,V] here, a token's in one row.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -51,7 +49,14 @@ def logit_gradient(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_sums(
-    logits: Any, sums: Any, targets: Any, start: Any, size: Any, rows: Any, temperature: Any, BLOCK: tl.constexpr
+    logits: tl.tensor,
+    sums: tl.tensor,
+    targets: tl.tensor,
+    start: tl.tensor,
+    size: tl.tensor,
+    rows: tl.tensor,
+    temperature: tl.tensor,
+    BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0)
     top, s1, t1 = tl.load(sums + row), tl.load(sums + rows + row), tl.load(sums + 2 * rows + row)
@@ -83,9 +88,20 @@ def _add_sums(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _logit_gradient(
-    logits: Any, out: Any, lse: Any, slope: Any, offset: Any, pull: Any, targets: Any, start: Any, size: Any, temperature: Any,
-    HAS_SLOPE: tl.constexpr, HAS_PULL: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+    logits: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    slope: tl.tensor,
+    offset: tl.tensor,
+    pull: tl.tensor,
+    targets: tl.tensor,
+    start: tl.tensor,
+    size: tl.tensor,
+    temperature: tl.tensor,
+    HAS_SLOPE: tl.constexpr,
+    HAS_PULL: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
     row = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size

@@ -34,7 +34,7 @@ def run(tmp_path: Path, *options: str) -> tuple[dict[str, Any], str]:
         "cpu",
         "--small",
         "--minutes",
-        "0.5",
+        "0.75",
         "--json",
         str(tmp_path / "x.json"),
     ]
