@@ -656,6 +656,11 @@ def schema_json() -> str:
     return json.dumps(RunSpec.model_json_schema(), indent=2)
 
 
+def spec_keys() -> list[str]:
+    """Every key that a run spec can have, dotted."""
+    return list(dict.fromkeys(_model_keys(RunSpec)))
+
+
 def flatten(spec: BaseModel) -> dict[str, Any]:
     """The resolved spec as dotted keys, infinity as a float."""
     return dict(leaves(spec.model_dump()))

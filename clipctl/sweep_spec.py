@@ -29,6 +29,7 @@ from clipctl.spec import (
     presets_folder,
     read_toml,
     resolve_spec,
+    spec_keys,
     validate,
 )
 
@@ -49,6 +50,14 @@ class SweepView(Group):
     """Keys that runs are grouped by; none: all in which they differ but the seed."""
     rollouts: bool = False
     """For the ledger: every rollout, not the summary."""
+
+    @model_validator(mode="after")
+    def _groups_by_keys(self) -> Self:
+        known = spec_keys()
+        for key in self.by:
+            if key not in known:
+                raise ValueError(f"by: {key}: unknown key{nearest(key, known)}")
+        return self
 
 
 class SweepSpec(Group):

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipctl.analysis.arms import flat_spec
 from clipctl.errors import SpecError
 from clipctl.layers import nest
 from clipctl.notebook import VIEW_NAMES
-from clipctl.spec import load_spec, parse_assignment, preset_layer, preset_names, resolve_spec
+from clipctl.spec import load_spec, parse_assignment, preset_layer, preset_names, resolve_spec, spec_json
 from clipctl.sweep_spec import (
     Member,
     ViewName,
@@ -211,6 +212,9 @@ def test_a_sweep_file_and_a_run_spec_are_told_apart(tmp_path: Path) -> None:
         ({"base": ["tiny"], "zip": {"data.path": ["a/x.jsonl", "b/x.jsonl"]}}, "would be named 'pathx.jsonl-0'"),
         ({"include": ["fig44"]}, "did you mean fig4"),
         ({"base": ["tiny"], "views": [{"view": "entroppy"}]}, "views.view: input should be .*'entropy'.*found 'entroppy'"),
+        ({"base": ["tiny"], "views": [{"view": "entropy", "by": ["clip.low", "clip.hihg"]}]},
+         r"^views\.by: clip\.hihg: unknown key \(did you mean clip\.high\?\)$"),
+        ({"base": ["tiny"], "views": [{"view": "entropy", "by": ["seed"]}]}, r"seed: unknown key \(did you mean run\.seed\?\)"),
         ({"include": ["fig4"], "grid": {"clip.low": [0.1]}}, "only includes others"),
     ],
 )  # fmt: skip
@@ -253,6 +257,16 @@ def test_seeds_are_the_first_of_those_that_a_sweep_names(name: str, seeds: Any, 
 def test_more_seeds_than_a_sweep_names_are_refused(name: str) -> None:
     with pytest.raises(SpecError, match="--seeds: 6, and the sweep names 5: 300, 301, 302, 303, 304"):
         swept(preset_sweep(name), seeds=6)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_runs_can_be_grouped_by_every_key_that_they_have(name: str) -> None:
+    """Those of a run's stored spec are what the views know."""
+    (member,) = swept({"base": [name]})
+    stored = flat_spec(spec_json(member.spec))
+    assert resolve_sweep({"base": [name], "views": [{"view": "entropy", "by": list(stored)}]}).views[0].by == tuple(
+        stored
+    )
 
 
 def test_a_sweep_can_be_drawn_by_every_view() -> None:
