@@ -325,6 +325,35 @@ def test_preempted_jobs_end_as_undisturbed_runs(tmp_path: Path, slurm: dict[str,
 
 @pytest.mark.slurm
 @pytest.mark.slow
+def test_two_sweeps_that_share_runs_submit_each_once(tmp_path: Path, slurm: dict[str, str]) -> None:
+    """At the same moment: two of the four runs are in both, and each sweep waits until all of its own have ended."""
+    options = ("--launcher", "slurm", "--slurm", "time=9", "--slurm", "partition=main", "--slurm", "cpus-per-task=1")
+    sets = (*SETS, "--set", "run.steps=2")
+    sweeps = {"s": "clip.low=0.1,0.2,0.3", "t": "clip.low=0.2,0.3,0.4"}
+    launches = [
+        subprocess.Popen(
+            [sys.executable, "-m", "clipctl", "sweep", "--preset", "tiny", "--name", name, "--grid", grid, *sets, *options,
+             "--wait"], cwd=tmp_path, env=slurm, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for name, grid in sweeps.items()
+    ]  # fmt: skip
+    ends = [launch.communicate(timeout=300) for launch in launches]
+    assert [launch.returncode for launch in launches] == [0, 0], ends
+    runs_dir = tmp_path / "runs"
+    for name, lows in {"s": (0.1, 0.2, 0.3), "t": (0.2, 0.3, 0.4)}.items():
+        runs = [status(runs_dir / name / f"low{low}-0") for low in lows]
+        assert [(run["state"], run["rollouts"], run["attempt"]) for run in runs] == [("finished", 2, 0)] * 3
+    made = [folder for folder in sorted(runs_dir.glob("?/low*")) if not folder.is_symlink()]
+    assert [folder.name for folder in made] == ["low0.1-0", "low0.2-0", "low0.3-0", "low0.4-0"]
+    # Both shared ones lie in the sweep that came first, which alone submitted them.
+    assert len({folder.parent for folder in made[1:3]}) == 1
+    submitted = [json.loads(file.read_text()) for file in sorted(runs_dir.glob("?/slurm/jobs.json"))]
+    assert sorted(name for jobs in submitted for name in jobs) == [folder.name for folder in made]
+    assert len(list(runs_dir.glob("?/slurm/*_log.out"))) == 4
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
 def test_the_end_of_a_jobs_time_is_not_the_end_of_a_run(tmp_path: Path, slurm: dict[str, str]) -> None:
     """Two minutes of a job are too short for the run, which goes on in the next job to the same end."""
     steps = ["--set", "run.steps=75"]
