@@ -546,8 +546,10 @@ def _one_of(flag: str, value: float | None, off_flag: str, off_value: float | No
 
 
 def _stop_early(early: list[str], number: int, frame: object) -> None:
-    early.append(signal.Signals(number).name)
-    raise KeyboardInterrupt
+    # A terminal that closes and its shell both send SIGHUP; the second one must not end the ending.
+    if not early:
+        early.append(signal.Signals(number).name)
+        raise KeyboardInterrupt
 
 
 def _end(code: int, line: str, told: bool) -> NoReturn:
@@ -566,9 +568,11 @@ def _end(code: int, line: str, told: bool) -> NoReturn:
 def main() -> NoReturn:
     """Run the command line; user errors become one line on stderr and their exit code."""
     debug = "--debug" in sys.argv
-    # A shell script's background job starts with SIGINT ignored; all three signals must end a run cleanly.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A shell script's background job starts with SIGINT ignored, which must end a run cleanly; one under nohup with SIGHUP
+    # ignored, which stays so.
+    heeded = [signal.SIGTERM, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]
+    for number in (signal.SIGINT, *heeded):
+        signal.signal(number, signal.default_int_handler)
     early: list[str] = []
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     if command == "analyze":
@@ -577,10 +581,8 @@ def main() -> NoReturn:
         give_way()
     if command in ("train", "sweep", "eval"):
         # Those that go on: what a scheduler sends before they have handlers of their own is a request like later ones.
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        for number in (*heeded, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, partial(_stop_early, early))
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         # The launcher of deepspeed adds --local_rank to every command line.
         app(args=[word for word in sys.argv[1:] if word != "--debug" and not word.startswith("--local_rank=")])

@@ -26,13 +26,16 @@ def test_what_looks_at_runs_gives_way_to_them(command: str, more: int) -> None:
 
 
 @pytest.mark.parametrize("command", ["train", "sweep"])
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGUSR2", 75), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGUSR2", 75), ("SIGHUP", 75), ("SIGINT", 130)]
+)
 def test_a_signal_before_a_run_has_handlers_is_a_request_too(
     command: str, name: str, code: int, tmp_path: Path
 ) -> None:
     """It comes while the preset is read."""
     script = (
         "import os, signal, sys, time, clipctl.cli, clipctl.spec, clipctl.sweep_spec\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         f"def read(name): os.kill(os.getpid(), signal.{name}); time.sleep(9)\n"
         "clipctl.spec.preset_layer = clipctl.sweep_spec.preset_sweep = read\n"
         f"sys.argv = ['clipctl', {command!r}, '--preset', 'tiny']\n"
@@ -41,6 +44,29 @@ def test_a_signal_before_a_run_has_handlers_is_a_request_too(
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == code
     assert done.stderr == ("" if code == 130 else f"clipctl: stopped by {name}; the same command goes on\n")
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "words"), [("SIG_DFL", 75, "stopped by SIGHUP; the same"), ("SIG_IGN", 2, "no preset")]
+)
+def test_a_terminal_that_closes_before_a_run_has_handlers(before: str, code: int, words: str) -> None:
+    """Its shell sends SIGHUP as well, or SIGTERM: both wait here when the first one is answered. nohup has it ignored."""
+    script = (
+        "import os, signal, sys, clipctl.cli, clipctl.spec\n"
+        f"signal.signal(signal.SIGHUP, signal.{before})\n"
+        "read, both = clipctl.spec.preset_layer, {signal.SIGHUP, signal.SIGUSR1}\n"
+        "def reading(name):\n"
+        "    signal.pthread_sigmask(signal.SIG_BLOCK, both)\n"
+        f"    for number in both if {code} == 75 else [signal.SIGHUP]: os.kill(os.getpid(), number)\n"
+        "    signal.pthread_sigmask(signal.SIG_UNBLOCK, both)\n"
+        "    return read(name)\n"
+        "clipctl.spec.preset_layer = reading\n"
+        "sys.argv = ['clipctl', 'train', '--preset', 'tinny']\n"
+        "clipctl.cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), done.stderr
+    assert words in done.stderr
 
 
 def clipctl(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
