@@ -470,6 +470,6 @@ def floor_row(scale: Scale, name: str, spec: RunSpec, mean: dict[str, float], to
         recompute=spec.engine.gradient_checkpointing,
     )
     least = floor(shape, rollout, measure_device(scale, torch.float32 if exact else torch.bfloat16))
-    words = f"{least.total:.3f} s (sampling {least.sample:.3f}, scoring {least.score:.3f}, updates {least.update:.3f}): " \
-            f"{100 * least.total / total:.1f} % of it reached"  # fmt: skip
+    words = f"{least.total:.3g} s (sampling {least.sample:.3g}, scoring {least.score:.3g}, updates {least.update:.3g}): " \
+            f"{100 * least.total / total:.2g} % of it reached"  # fmt: skip
     return Row(f"{name}: floor of a rollout", words, numbers={"floor": least.total, "seconds": total})
