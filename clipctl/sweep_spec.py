@@ -9,8 +9,9 @@ import itertools
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -32,6 +33,9 @@ from clipctl.spec import (
     spec_keys,
     validate,
 )
+
+LABEL = 80
+"""Letters of a run's name before its seed: with the longest seed behind it a name is allowed."""
 
 Values = Annotated[tuple[Any, ...], Field(strict=False, min_length=1)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
@@ -102,6 +106,8 @@ class SweepSpec(Group):
         for name in self.names:
             if not NAME_PATTERN.fullmatch(name):
                 raise ValueError(f"names: {name!r} is not allowed: letters, digits, '.', '_' and '-'")
+            if self.names.count(name) > 1:
+                raise ValueError(f"names: {name!r} is given twice; each row of zip needs its own")
         return self
 
     @model_validator(mode="after")
@@ -142,10 +148,16 @@ class Member:
 def identity(spec: RunSpec) -> str:
     """Sixteen hex digits of SHA-256 over the resolved spec, its seed included, without what changes no number: the run's
     name and how it is saved."""
+    return _digest(spec, ("run.name", "checkpoint."))[:16]
+
+
+def _digest(spec: RunSpec, without: tuple[str, ...]) -> str:
+    """SHA-256 in hex over the resolved spec without some keys, and groups of keys."""
     resolved = spec.model_dump(mode="json")
-    resolved.pop("checkpoint")
-    resolved["run"].pop("name")
-    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:16]
+    for key in without:
+        group, _, name = key.partition(".")
+        (resolved[group] if name else resolved).pop(name or group)
+    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
 
 
 def sweep_names() -> list[str]:
@@ -271,23 +283,43 @@ def default_name(source: str, sweep: SweepSpec) -> str:
     if source in sweep_names():
         return source
     keys = [_short(key) for key in (*sweep.zip, *sweep.grid)]
-    return _clean("-".join([_base_name(source), *(keys or ["seeds"])]))
+    return _clean("-".join([_base_name(source), *(keys or ["seeds"])]))[:LABEL]
 
 
 def expand(sweep: SweepSpec) -> list[Member]:
     """All runs, each resolved spec once. Raises SpecError for a run that is impossible, with its name."""
     members: dict[str, Member] = {}
-    names: dict[str, str] = {}
     for member in _members(sweep):
-        if member.identity in members:
-            continue
-        if member.name in names:
-            raise SpecError(
-                f"sweep: two different runs would be named {member.name!r}; a sweep file can give `names` to the rows of zip"
-            )
-        members[member.identity] = member
-        names[member.name] = member.identity
-    return list(members.values())
+        members.setdefault(member.identity, member)
+    return [replace(member, name=name) for member, name in zip(members.values(), _names(members.values()), strict=True)]
+
+
+def _names(members: Collection[Member]) -> list[str]:
+    """The members' own names where they are short enough and no other one's; else cut, with eight digits of a hash.
+
+    The hash is of what a run that goes on must not change, so that a run of more rollouts keeps its name; where that does
+    not tell runs apart, sixteen digits or more of the whole spec's. The seed is in the name anyway.
+    """
+    ways = [0 if len(_label(member)) <= LABEL else 1 for member in members]
+    while True:
+        names = [_name(member, way) for member, way in zip(members, ways, strict=True)]
+        counts = Counter(names)
+        if len(counts) == len(names):
+            return names
+        ways = [way + (counts[name] > 1) for name, way in zip(names, ways, strict=True)]
+
+
+def _name(member: Member, way: int) -> str:
+    if way == 0:
+        return member.name
+    extent = ("run.name", "run.seed", "checkpoint.", *(("run.steps", "eval.") if way == 1 else ()))
+    mark = _digest(member.spec, extent)[: 8 * way]
+    return f"{_label(member)[: LABEL - 1 - len(mark)].rstrip('._-')}-{mark}-{member.spec.run.seed}"
+
+
+def _label(member: Member) -> str:
+    """A member's own name without its seed."""
+    return member.name.removesuffix(f"-{member.spec.run.seed}")
 
 
 def _members(sweep: SweepSpec) -> Iterator[Member]:
@@ -330,7 +362,7 @@ def _member(
     try:
         spec = resolve_spec(layer, nest(assigned))
     except SpecError as error:
-        raise SpecError(f"{name}: {error}") from None
+        raise SpecError(f"{label[:LABEL]}-{seed}: {error}") from None
     source = ("--spec", base) if _is_file(base) else ("--preset", base)
     sets = [part for key, value in assigned.items() for part in ("--set", f"{key}={toml_text(value)}")]
     shown = {"base": _base_name(base), **{key: value for key, value in axes.items() if key != "run.seed"}, "seed": seed}
@@ -376,5 +408,5 @@ def _text(value: Any) -> str:
 
 
 def _clean(name: str) -> str:
-    """The name with what a folder's name must not have left out, and short enough for a seed behind it."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip("._-")[:80] or "sweep"
+    """The name with what a folder's name must not have left out."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip("._-") or "sweep"

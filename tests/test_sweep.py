@@ -282,6 +282,25 @@ def test_other_names_within_a_sweep_are_the_same_runs(tmp_path: Path) -> None:
     assert not [entry for entry in (tmp_path / "s").iterdir() if entry.is_symlink()]
 
 
+def test_runs_are_found_under_the_names_that_they_had(tmp_path: Path) -> None:
+    """A value more that looks like the first one gives both a hash; a name that is too long was cut once."""
+    one = expand(resolve_sweep(preset_sweep("tiny"), grid={"clip.low": [0.1234567]}))
+    a_run(tmp_path / "s" / one[0].name, one[0], "finished", 40)
+    long = {"data.path": ["x" * 100]}
+    (cut,) = expand(resolve_sweep(preset_sweep("tiny"), grid=long))
+    a_run(tmp_path / "t" / f"path{'x' * 76}-0", cut, "finished", 40)
+    sweep = resolve_sweep(preset_sweep("tiny"), grid={"clip.low": [0.1234567, 0.1234568]})
+    with planning(tmp_path):
+        placed = place_members(tmp_path, "s", expand(sweep))
+        record_sweep(tmp_path, "s", sweep, placed)
+    assert [place.outlook for place in placed] == ["finished", "missing"]
+    assert placed[0].folder.name == "low0.123457-0"
+    assert placed[1].folder.name == placed[1].member.name != "low0.123457-0"
+    (found,) = place_members(tmp_path, "t", [cut])
+    assert (found.outlook, found.folder.name, cut.name[:8]) == ("finished", f"path{'x' * 76}-0", "pathxxxx")
+    assert cut.name != found.folder.name
+
+
 def test_a_run_is_claimed_by_one(tmp_path: Path) -> None:
     claim = open_claim(tmp_path / "run")
     assert claim is not None

@@ -15,7 +15,7 @@ from clipctl.analysis.arms import flat_spec
 from clipctl.errors import SpecError
 from clipctl.layers import nest
 from clipctl.notebook import VIEW_NAMES
-from clipctl.spec import load_spec, parse_assignment, preset_layer, preset_names, resolve_spec, spec_json
+from clipctl.spec import NAME_PATTERN, load_spec, parse_assignment, preset_layer, preset_names, resolve_spec, spec_json
 from clipctl.sweep_spec import (
     Member,
     ViewName,
@@ -160,6 +160,58 @@ def test_a_spec_that_comes_twice_is_one_run() -> None:
     assert [member.name for member in twice] == ["a-0"]
 
 
+SIX = {
+    "loss.aggregation": ["token_mean", "sequence_mean"], "optim.responses_per_update": [64, 128],
+    "rollout.temperature": [0.6, 1.0], "optim.weight_decay": [0.0, 0.125], "clip.low": [0.1, 0.123], "clip.high": [0.2, 0.234],
+}  # fmt: skip
+
+
+def test_a_large_grid_has_names_that_are_cut_and_told_apart_by_a_hash() -> None:
+    members = swept({"base": ["tiny"]}, grid=SIX, seeds=2)
+    assert len({member.name for member in members}) == len(members) == 128
+    assert all(NAME_PATTERN.fullmatch(member.name) and len(member.name) <= 82 for member in members)
+    # The seeds of an arm have one name, of which every arm has its own.
+    arms = {member.name.rsplit("-", 1)[0] for member in members}
+    assert len(arms) == 64
+    long = members[-1]
+    beginning = "aggregationsequence_mean-responsesperupdate128-temperature1-weightdecay0.125-low"
+    assert re.fullmatch(rf"{re.escape(beginning[:71])}[a-z0-9.]*-[0-9a-f]{{8}}-1", long.name), long.name
+    # A name that is cut is that of its spec, whatever else is swept, and however long the run is to be.
+    last = {key: [values[-1]] for key, values in SIX.items()}
+    assert swept({"base": ["tiny"]}, grid=last, seeds=(1,))[0].name == long.name
+    assert swept({"base": ["tiny"], "set": {"run.steps": 99, "eval.k": 4}}, grid=last, seeds=(1,))[0].name == long.name
+    assert swept({"base": ["tiny"], "set": {"optim.lr": 9e-5}}, grid=last, seeds=(1,))[0].name != long.name
+
+
+def test_values_that_look_alike_are_told_apart_and_the_other_names_stay() -> None:
+    alike = swept({"base": ["tiny"]}, grid={"clip.low": [0.1234567, 0.1234568, 0.1]})
+    assert [re.sub("[0-9a-f]{8}", "#", member.name) for member in alike] == ["low0.123457-#-0"] * 2 + ["low0.1-0"]
+    assert alike[0].name != alike[1].name
+    assert [member.name for member in swept({"base": ["tiny"]}, grid={"clip.low": [0.1234567]})] == ["low0.123457-0"]
+    files = swept({"base": ["tiny"], "zip": {"data.path": ["a/x.jsonl", "b/x.jsonl"]}})
+    assert [re.sub("[0-9a-f]{8}", "#", member.name) for member in files] == ["pathx.jsonl-#-0"] * 2
+
+
+def test_runs_that_differ_in_what_may_change_alone_are_told_apart_too(tmp_path: Path) -> None:
+    for k in (2, 4):
+        (tmp_path / str(k)).mkdir()
+        (tmp_path / str(k) / "x.toml").write_text(f'[model]\npath = "tiny"\n[eval]\nk = {k}\n')
+    members = swept({"base": [str(tmp_path / "2" / "x.toml"), str(tmp_path / "4" / "x.toml")]})
+    assert [re.sub("[0-9a-f]{16}", "#", member.name) for member in members] == ["x-#-0"] * 2
+    assert members[0].name != members[1].name
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    values=st.lists(st.floats(0.01, 1.0), min_size=1, max_size=6, unique=True),
+    names=st.lists(st.text("abc_/-", min_size=60, max_size=130), min_size=1, max_size=3, unique=True),
+)
+def test_any_grid_has_names_that_are_allowed_and_its_own(values: list[float], names: list[str]) -> None:
+    members = swept({"base": ["tiny"]}, grid={"clip.low": values, "data.path": names}, seeds=(2**63 - 1,))
+    assert len({member.name for member in members}) == len(members) == len(values) * len(names)
+    assert all(NAME_PATTERN.fullmatch(member.name) for member in members)
+
+
 def test_figures_share_runs() -> None:
     runs = {name: {member.identity for member in swept(preset_sweep(name))} for name in sweep_names()}
     assert runs["fig1"] == runs["fig2"]
@@ -209,7 +261,7 @@ def test_a_sweep_file_and_a_run_spec_are_told_apart(tmp_path: Path) -> None:
         ({"base": ["tiny"], "set": {"clip.low": 0.1}, "grid": {"clip.low": [0.2]}}, "clip.low has a value in set already"),
         ({"base": ["tiny"], "zip": {"reward": [{"kind": "normal"}]}, "grid": {"reward.p": [0.1]}}, "has a value in zip already"),
         ({"base": ["tiny"], "set": {"run.name": "x"}}, "names its runs itself"),
-        ({"base": ["tiny"], "zip": {"data.path": ["a/x.jsonl", "b/x.jsonl"]}}, "would be named 'pathx.jsonl-0'"),
+        ({"base": ["tiny"], "zip": {"clip.low": [0.1, 0.2]}, "names": ["a", "a"]}, "names: 'a' is given twice"),
         ({"include": ["fig44"]}, "did you mean fig4"),
         ({"base": ["tiny"], "views": [{"view": "entroppy"}]}, "views.view: input should be .*'entropy'.*found 'entroppy'"),
         ({"base": ["tiny"], "views": [{"view": "entropy", "by": ["clip.low", "clip.hihg"]}]},
