@@ -1,6 +1,6 @@
-"""Makes a plot small enough for a repository: python docs/shrink.py SCALE COLOURS PNG..., in place.
+"""Makes a plot small enough for a repository: python tests/bench/shrink_plot.py SCALE COLOURS PNG..., in place.
 
-    python docs/shrink.py 0.625 128 fig3-small.png
+python tests/bench/shrink_plot.py 0.625 128 fig3-small.png
 """
 
 import sys
