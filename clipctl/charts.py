@@ -15,7 +15,7 @@ from clipctl.analysis.compare import metric_rows, metrics_of, run_metrics
 from clipctl.analysis.events import EVENTS_SQL
 from clipctl.analysis.ledger import NEEDED as LEDGER_NEEDED
 from clipctl.analysis.ledger import PROBES_SQL, SERIES_SQL
-from clipctl.analysis.passk import OWN_GROUPS, frontier_rows, passk_rows
+from clipctl.analysis.passk import OWN_GROUPS, frontier_rows, needed, passk_rows
 from clipctl.analysis.samples import chosen_groups, samples_view, tokens_of
 from clipctl.analysis.series import CLIP_SQL, CLIP_STEPS_SQL, ENTROPY, ENTROPY_SQL, FRACTIONS, averaged
 from clipctl.analysis.what_if import parse_grid, profiles
@@ -170,9 +170,9 @@ def _prediction_panels(runs: Runs, arms: Sequence[Arm], legend: plots.Legend) ->
 
 def passk_chart(runs: Runs, options: Options) -> Panels:
     """Of every benchmark: mean@k and pass@k over training, and pass@k over k at the last evaluation."""
-    rows = _of_arms(passk_rows(runs, options.by), arms_of(runs, options.by))
+    rows = _of_arms(passk_rows(runs, options), arms_of(runs, options.by))
     if not rows:
-        raise SpecError("--view passk: none of these runs has an evaluation or a graded group (clipctl eval makes one)")
+        raise SpecError(f"--view passk: none of these runs has {needed(options)}")
     made: Panels = []
     legend = _legend([row for row in rows if row["k"] == 1], "pass_at_k")
     for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
@@ -271,11 +271,9 @@ def compare_chart(runs: Runs, options: Options) -> Panels:
 
 def frontier_chart(runs: Runs, options: Options) -> Panels:
     """pass@k and mean@k against entropy, a path through training for each run, its end marked."""
-    rows = _of_arms(frontier_rows(runs, options.by), arms_of(runs, options.by))
+    rows = _of_arms(frontier_rows(runs, options), arms_of(runs, options.by))
     if not rows:
-        raise SpecError(
-            "--view frontier: none of these runs has an evaluation or a graded group (clipctl eval makes one)"
-        )
+        raise SpecError(f"--view frontier: none of these runs has {needed(options)}")
     legend = _legend(rows, "pass_at_k")
     made: Panels = []
     for benchmark in dict.fromkeys(row["benchmark"] for row in rows):

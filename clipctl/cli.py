@@ -340,6 +340,14 @@ def analyze(
         list[str] | None, typer.Option(metavar="KEY=V1,V2", help="For what-if: clip.low=... and clip.high=...")
     ] = None,
     rollouts: Annotated[bool, typer.Option("--rollouts", help="For ledger: every rollout, not the summary.")] = False,
+    k: Annotated[
+        int | None,
+        typer.Option("--k", "-k", help="For passk, frontier: of pass@k; without it all samples of a problem."),
+    ] = None,
+    benchmarks: Annotated[
+        list[str] | None,
+        typer.Option("--benchmark", metavar="NAME", help="For passk, frontier: of this one; may be repeated."),
+    ] = None,
     rollout: Annotated[int | None, typer.Option(help="For samples: of this rollout; without it the last.")] = None,
     prompt: Annotated[str | None, typer.Option(help="For samples: of this prompt_id.")] = None,
     output: Annotated[
@@ -383,7 +391,8 @@ def analyze(
 
     given = {
         "--follow": follow, "--html": html, "--export": export, "--sql": sql, "--view": view, "--plot": plot, "--by": by,
-        "--grid": grid, "--rollouts": rollouts, "--rollout": rollout, "--prompt": prompt, "--format": output, "--out": out,
+        "--grid": grid, "--rollouts": rollouts, "--rollout": rollout, "--prompt": prompt, "--k": k, "--benchmark": benchmarks,
+        "--format": output, "--out": out,
     }  # fmt: skip
     check_together([option for option, value in given.items() if value is not None and value is not False])
     if follow:
@@ -408,7 +417,7 @@ def analyze(
         from clipctl.limits import limit_memory
 
         limit_memory()
-    options = Options(tuple(grid or ()), tuple(by or ()), rollout, prompt, rollouts)
+    options = Options(tuple(grid or ()), tuple(by or ()), rollout, prompt, rollouts, k, tuple(benchmarks or ()))
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if terminal else None
     with ended_by_signals():

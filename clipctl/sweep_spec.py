@@ -45,6 +45,13 @@ ViewName = Literal[
     "overview", "entropy", "clip", "ledger", "passk", "what-if", "compare", "frontier", "samples", "events"
 ]
 
+OPTION_OF: dict[str, tuple[ViewName, ...]] = {
+    "rollouts": ("ledger",),
+    "k": ("passk", "frontier"),
+    "benchmarks": ("passk", "frontier"),
+}
+"""The views that each key of a view belongs to, but for those of all."""
+
 
 class SweepView(Group):
     """A view of `clipctl analyze` that draws the sweep."""
@@ -54,6 +61,17 @@ class SweepView(Group):
     """Keys that runs are grouped by; none: all in which they differ but the seed."""
     rollouts: bool = False
     """For the ledger: every rollout, not the summary."""
+    k: Count | None = None
+    """For passk and frontier: of pass@k; none: the samples of a problem."""
+    benchmarks: Names = ()
+    """For passk and frontier: those that are drawn; none: all."""
+
+    @model_validator(mode="after")
+    def _options_are_its_own(self) -> Self:
+        for name, value in (("rollouts", self.rollouts), ("k", self.k), ("benchmarks", self.benchmarks)):
+            if value and self.view not in OPTION_OF[name]:
+                raise ValueError(f"{name}: belongs to {', '.join(OPTION_OF[name])}, not to {self.view}")
+        return self
 
     @model_validator(mode="after")
     def _groups_by_keys(self) -> Self:

@@ -52,6 +52,8 @@ def views_lines(sweep: SweepSpec, folder: Path) -> list[str]:
     lines = []
     for at, view in enumerate(sweep.views):
         by = "".join(f" --by {key}" for key in view.by)
+        by += "".join(f" --benchmark {name}" for name in view.benchmarks)
+        by += f" --k {view.k}" if view.k else ""
         rollouts = " --rollouts" if view.rollouts else ""
         name = folder.name if at == 0 else f"{folder.name}-{view.view}"
         lines.append(f"clipctl analyze {folder} --view {view.view}{by}{rollouts} --plot {name}.png")

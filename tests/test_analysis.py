@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
-from test_store import evals, evaluation, ledger_rows, rollout_row, tables, update_rows
+from test_store import evals, evaluation, ledger_rows, rollout_row, samples, tables, update_rows
 from typer.testing import CliRunner
 
 from clipctl.analysis import VIEWS_OF_ANALYZE, Options
@@ -265,6 +266,71 @@ def test_passk(runs: Runs, folder: Path) -> None:
     values = np.array([one(found, series=name, rollout=7, k=4).pass_at_k for name in RUNS if "both" in name])
     check_mean(one(found, series="both (3 seeds)", rollout=7, k=4), "pass_at_k", values)
     assert set(found.benchmark) == {"svamp", OWN_GROUPS}
+
+
+@pytest.fixture(scope="module")
+def two_benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds with 8 samples of `svamp`, and 4 of `amc23` in the middle; one has 2 of `gsm8k` too."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    for seed in (1, 2):
+        spec = spec_json(load_spec("tiny", {"run.seed": seed}))
+        writer = create_run(folder, f"a-{seed}", spec, "tiny")
+        rng = np.random.default_rng(seed)
+        for rollout in range(3):
+            writer.write_rollout(
+                rollout, rollout_row(10 * seed + rollout), tables(update_rows(rollout), samples(2 * rollout))
+            )
+        for at, (name, k) in enumerate((("svamp", 8), ("amc23", 4), *([("gsm8k", 2)] if seed == 1 else []))):
+            right = (rng.random((5, k)) < 0.4).tolist()
+            writer.write_evaluation(at, at + 1, evals(name, right) | {"evaluations": evaluation(name, 5)})
+        writer.close("finished", "")
+    return folder
+
+
+def test_passk_of_a_k_and_of_benchmarks(two_benchmarks: Path) -> None:
+    """Of fewer samples than there are, by enumeration of their subsets."""
+    with open_runs(two_benchmarks) as runs:
+        found = view(runs, "passk", k=3, benchmark=("svamp",))
+        assert found.k.tolist() == [1, 2, 3] * 3
+        assert set(found.benchmark) == {"svamp"}
+        assert set(found.samples) == {8}
+        every = runs.sql("select run_id, problem_id, correct from evals where benchmark = 'svamp'").df()
+        for run, mine in every.groupby("run_id"):
+            subsets = [
+                np.mean([any(some) for some in combinations(correct, 3)])
+                for correct in (problem.correct.tolist() for _, problem in mine.groupby("problem_id"))
+            ]
+            assert one(found, series=run, k=3).pass_at_k == close(np.mean(subsets))
+            assert one(found, series=run, k=1).pass_at_k == close(mine.correct.mean())
+        assert len(found[(found.k == 3) & (found.runs == 2)]) == 1
+        titles = [panel.to_dict()["title"] for panel in CHARTS["passk"](runs, Options(k=3, benchmark=("svamp",)))]
+        assert [title["text"] if isinstance(title, dict) else title for title in titles] == [
+            "mean@3, svamp", "pass@3, svamp", "pass@k at the end, svamp",
+        ]  # fmt: skip
+        frontier = view(runs, "frontier", k=3, benchmark=("svamp",))
+        alone = found[(found.k == 3) & (found.runs == 1)].pass_at_k
+        assert frontier[frontier.runs == 1].pass_at_k.tolist() == [close(value) for value in alone]
+        assert set(frontier.k) == {3}
+
+
+def test_what_has_too_few_samples_is_left_out_and_told(two_benchmarks: Path) -> None:
+    with open_runs(two_benchmarks) as runs:
+        few = VIEWS_OF_ANALYZE["passk"](runs, Options(k=4))
+        assert set(few.table["benchmark"].to_pylist()) == {"svamp", "amc23"}
+        assert few.notes == ("gsm8k: fewer than 4 samples of a-1: left out",)
+        only = VIEWS_OF_ANALYZE["passk"](runs, Options(k=2, benchmark=("gsm8k",)))
+        assert only.notes == ("a-2: no evaluation of gsm8k with 2 samples of each problem",)
+        for name in ("passk", "frontier"):
+            with pytest.raises(
+                SpecError, match=r"^--k: 9, and there are at most 8 samples of each problem; clipctl eval -k 9"
+            ):
+                VIEWS_OF_ANALYZE[name](runs, Options(k=9))
+            with pytest.raises(SpecError, match=r"^--k: at least 1, found 0$"):
+                VIEWS_OF_ANALYZE[name](runs, Options(k=0))
+            with pytest.raises(
+                SpecError, match=r"'amc24' is not what these runs have: .*svamp.* \(did you mean amc23\?\)$"
+            ):
+                VIEWS_OF_ANALYZE[name](runs, Options(benchmark=("svamp", "amc24")))
 
 
 def test_passk_of_own_groups_says_so(runs: Runs, folder: Path) -> None:

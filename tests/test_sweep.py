@@ -338,6 +338,15 @@ def test_the_commands_that_draw_it() -> None:
         "clipctl analyze runs/fig6 --view passk --by model.path --by clip.low --by clip.high --plot fig6.png",
         "clipctl analyze runs/fig6 --view frontier --by model.path --by clip.low --by clip.high --plot fig6-frontier.png",
     ]
+    # The paper's Fig. 7 has mean@32 and pass@32 on AMC23 and MATH-500, Fig. 10 of the same runs mean@8 and pass@8 on AIME.
+    assert views_lines(resolve_sweep(preset_sweep("fig7")), Path("runs/fig7")) == [
+        "clipctl analyze runs/fig7 --view passk --by clip.low --by clip.high "
+        "--benchmark amc23 --benchmark math500 --k 32 --plot fig7.png"
+    ]
+    assert views_lines(resolve_sweep(preset_sweep("fig10")), Path("runs/fig10")) == [
+        "clipctl analyze runs/fig10 --view passk --by clip.low --by clip.high "
+        "--benchmark aime24 --benchmark aime25 --k 8 --plot fig10.png"
+    ]
     assert views_lines(resolve_sweep(preset_sweep("fig1")), Path("runs/fig1")) == [
         "clipctl analyze runs/fig1 --view ledger --by model.path --rollouts --plot fig1.png"
     ]

@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipctl.analysis.answer import OPTION_OF as ANALYZE_OPTION_OF
 from clipctl.analysis.arms import flat_spec
 from clipctl.errors import SpecError
 from clipctl.layers import nest
 from clipctl.notebook import VIEW_NAMES
 from clipctl.spec import NAME_PATTERN, load_spec, parse_assignment, preset_layer, preset_names, resolve_spec, spec_json
 from clipctl.sweep_spec import (
+    OPTION_OF,
     Member,
     ViewName,
     default_name,
@@ -267,6 +269,8 @@ def test_a_sweep_file_and_a_run_spec_are_told_apart(tmp_path: Path) -> None:
         ({"base": ["tiny"], "views": [{"view": "entropy", "by": ["clip.low", "clip.hihg"]}]},
          r"^views\.by: clip\.hihg: unknown key \(did you mean clip\.high\?\)$"),
         ({"base": ["tiny"], "views": [{"view": "entropy", "by": ["seed"]}]}, r"seed: unknown key \(did you mean run\.seed\?\)"),
+        ({"base": ["tiny"], "views": [{"view": "entropy", "k": 8}]}, r"^views\.k: belongs to passk, frontier, not to entropy$"),
+        ({"base": ["tiny"], "views": [{"view": "passk", "rollouts": True}]}, "rollouts: belongs to ledger, not to passk"),
         ({"include": ["fig4"], "grid": {"clip.low": [0.1]}}, "only includes others"),
     ],
 )  # fmt: skip
@@ -323,6 +327,18 @@ def test_runs_can_be_grouped_by_every_key_that_they_have(name: str) -> None:
 
 def test_a_sweep_can_be_drawn_by_every_view() -> None:
     assert get_args(ViewName) == tuple(VIEW_NAMES)
+    assert {key.removesuffix("s"): views for key, views in OPTION_OF.items()} == {
+        key.removesuffix("s"): ANALYZE_OPTION_OF[key] for key in ("rollouts", "k", "benchmark")
+    }
+
+
+@pytest.mark.parametrize("name", sweep_names())
+def test_what_is_drawn_is_measured(name: str) -> None:
+    """By every run of a sweep: the benchmarks, and at least k samples of each problem."""
+    sweep = resolve_sweep(preset_sweep(name))
+    for member, shown in product(expand(sweep), sweep.views):
+        assert set(shown.benchmarks) <= set(member.spec.eval.benchmarks)
+        assert (shown.k or 1) <= member.spec.eval.k
 
 
 def test_no_sweep_is_named_like_a_preset() -> None:

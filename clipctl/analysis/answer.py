@@ -14,13 +14,16 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Options:
     """Settings of views. grid: `clip.low=V1,V2` and `clip.high=...`. by: spec keys to group runs by. rollout, prompt: of the
-    samples to show. rollouts: rows of every rollout where the view has a summary."""
+    samples to show. rollouts: rows of every rollout where the view has a summary. k: of pass@k; None: the samples of a
+    problem. benchmark: names of those to show, none: all."""
 
     grid: tuple[str, ...] = ()
     by: tuple[str, ...] = ()
     rollout: int | None = None
     prompt: str | None = None
     rollouts: bool = False
+    k: int | None = None
+    benchmark: tuple[str, ...] = ()
 
 
 OPTION_OF = {
@@ -29,6 +32,8 @@ OPTION_OF = {
     "rollout": ("samples",),
     "prompt": ("samples",),
     "rollouts": ("ledger",),
+    "k": ("passk", "frontier"),
+    "benchmark": ("passk", "frontier"),
 }
 """The views that each option belongs to."""
 

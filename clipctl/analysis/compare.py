@@ -43,7 +43,7 @@ def run_metrics(runs: Runs) -> dict[str, dict[str, float]]:
         row["run_id"]: {name: row[name] for name in METRICS if row[name] is not None}
         for row in runs.table(NOW_SQL).to_pylist()
     }
-    for row in frontier_rows(runs, ()):
+    for row in frontier_rows(runs, Options()):
         if row["runs"] == 1 and row["benchmark"] != OWN_GROUPS and row["series"] in found:
             # Rows come in the order of rollouts, so the last evaluation stays.
             found[row["series"]][f"mean@{row['k']} {row['benchmark']}"] = row["mean_at_k"]

@@ -12,7 +12,9 @@ import numpy as np
 
 from clipctl.analysis.answer import Answer, Options, as_arrow, without
 from clipctl.analysis.arms import Arm, arms_of, mean_and_interval
+from clipctl.errors import SpecError
 from clipctl.intervals import mean_interval, pass_at_k_values
+from clipctl.spec import nearest
 from clipctl.store import Runs
 
 OWN_GROUPS = "own groups"
@@ -66,18 +68,56 @@ def counts_of(runs: Runs) -> dict[Key, Counts]:
     return {keys[start]: (n_N[start:stop], c_N[start:stop]) for start, stop in pairwise([*starts, len(keys)])}
 
 
-def passk_rows(runs: Runs, by: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of `passk_view`."""
+def chosen_counts(runs: Runs, options: Options) -> tuple[dict[Key, Counts], tuple[str, ...]]:
+    """Those of `counts_of` that are of the benchmarks and have k samples of each problem; and a note for each benchmark of
+    which some have not.
+
+    Raises SpecError for a benchmark that no run has, and where nothing has k samples.
+    """
+    k = 1 if options.k is None else options.k
+    if k < 1:
+        raise SpecError(f"--k: at least 1, found {k}")
     counts = counts_of(runs)
+    known = list(dict.fromkeys(_plain(benchmark) for _, benchmark, _ in counts))
+    for name in options.benchmark if counts else ():
+        if name not in known:
+            raise SpecError(
+                f"--benchmark: {name!r} is not what these runs have: {', '.join(known)}{nearest(name, known)}"
+            )
+    mine = {key: of for key, of in counts.items() if not options.benchmark or _plain(key[1]) in options.benchmark}
+    enough = {key: of for key, of in mine.items() if of[0].min() >= k}
+    if mine and not enough:
+        most = max(int(n_P.min()) for n_P, _ in mine.values())
+        raise SpecError(
+            f"--k: {k}, and there are at most {most} samples of each problem; clipctl eval -k {k} takes more"
+        )
+    few: dict[str, list[str]] = {}
+    for series, benchmark, _ in dict.fromkeys(key for key in mine if key not in enough):
+        few.setdefault(benchmark, []).append(series)
+    notes = (f"{name}: fewer than {k} samples of {', '.join(dict.fromkeys(of))}: left out" for name, of in few.items())
+    return enough, tuple(notes)
+
+
+def _plain(benchmark: str) -> str:
+    """Its name without the settings that tell two evaluations of it apart."""
+    return benchmark if benchmark == OWN_GROUPS else benchmark.split(" ")[0]
+
+
+def passk_rows(runs: Runs, options: Options) -> list[dict[str, Any]]:
+    """Rows of `passk_view`. Raises as `chosen_counts`."""
+    return _rows_of(chosen_counts(runs, options)[0], arms_of(runs, options.by), options.k)
+
+
+def _rows_of(counts: Mapping[Key, Counts], arms: Sequence[Arm], most: int | None) -> list[dict[str, Any]]:
     rollouts: dict[tuple[str, str], set[int]] = {}
     for series, benchmark, rollout in counts:
         rollouts.setdefault((series, benchmark), set()).update(set() if rollout is None else {rollout})
     single: dict[tuple[str, str, int | None, int], dict[str, Any]] = {}
     for (series, benchmark, rollout), (n_P, c_P) in counts.items():
-        largest, whole = int(n_P.min()), _whole(benchmark, rollout, rollouts[series, benchmark])
+        largest, whole = most or int(n_P.min()), _whole(benchmark, rollout, rollouts[series, benchmark])
         for k in powers_of_two(largest) if whole else sorted({1, largest}):
             single[series, benchmark, rollout, k] = _row(series, benchmark, rollout, k, n_P, c_P, interval=whole)
-    means = (row for arm in arms_of(runs, by) if len(arm.runs) > 1 for row in _means(arm, single))
+    means = (row for arm in arms if len(arm.runs) > 1 for row in _means(arm, single))
     return [*single.values(), *means]
 
 
@@ -118,20 +158,31 @@ def _means(arm: Arm, single: Mapping[tuple[str, str, int | None, int], dict[str,
 
 
 def passk_view(runs: Runs, options: Options) -> Answer:
-    """pass@k of every evaluation for k = 1 (mean@k), 2, 4, ... up to the samples of a problem, with 95 % intervals; after
-    the runs the means over seeds. `unreliable` says why an interval is not to be relied on. Own groups have intervals, and
-    every k, in a run's first and last rollout alone."""
-    rows = passk_rows(runs, options.by)
-    notes = without(runs, [row["series"] for row in rows], "passk", NEEDED)
-    return Answer(as_arrow(rows), (*notes, *own_groups(rows), *older(runs)))
+    """pass@k of every evaluation for k = 1 (mean@k), 2, 4, ... up to `k`, without it to the samples of a problem, with 95 %
+    intervals; after the runs the means over seeds. All samples of a problem count for every k (Chen et al. 2021, Eq. 1).
+    `unreliable` says why an interval is not to be relied on. Own groups have intervals, and every k, in a run's first and
+    last rollout alone."""
+    counts, few = chosen_counts(runs, options)
+    rows = _rows_of(counts, arms_of(runs, options.by), options.k)
+    notes = without(runs, [row["series"] for row in rows], "passk", needed(options))
+    return Answer(as_arrow(rows), (*notes, *few, *own_groups(rows), *older(runs, options)))
 
 
-def older(runs: Runs) -> tuple[str, ...]:
+def needed(options: Options) -> str:
+    """What a run lacks of which the view shows nothing."""
+    if not options.benchmark and options.k is None:
+        return NEEDED
+    of = f"evaluation of {' or '.join(options.benchmark)}" if options.benchmark else "evaluation or graded group"
+    return of + (f" with {options.k} samples of each problem" if options.k else "")
+
+
+def older(runs: Runs, options: Options) -> tuple[str, ...]:
     """A note for each measurement that was made several times, of which only the newest is shown."""
     return tuple(
         f"{row['series']}{'' if row['rollout'] is None else '@' + str(row['rollout'])}, {row['benchmark']}: "
         f"{row['shown']} is shown; older ones with its temperature and top-p are not: {', '.join(row['others'])}"
         for row in runs.table(OLDER).to_pylist()
+        if not options.benchmark or row["benchmark"] in options.benchmark
     )
 
 
@@ -148,26 +199,31 @@ select run_id, rollout, entropy, entropy_normalized from rollouts where entropy 
 
 
 def frontier_view(runs: Runs, options: Options) -> Answer:
-    """mean@k and pass@k (k: the samples of a problem) against entropy, one row a run, benchmark and rollout.
+    """mean@k and pass@k (without `k`: that of the samples of a problem) against entropy, one row a run, benchmark and rollout.
 
     Entropy is that of the same policy; for the policy after the last rollout, which has no rollout to be measured in, that
     of the last rollout: `entropy_rollout` says which.
     """
-    rows = frontier_rows(runs, options.by)
-    notes = without(runs, [row["series"] for row in rows], "frontier", NEEDED)
-    return Answer(as_arrow(rows), (*notes, *own_groups(rows), *older(runs)))
+    counts, few = chosen_counts(runs, options)
+    rows = _frontier_of(counts, runs, options)
+    notes = without(runs, [row["series"] for row in rows], "frontier", needed(options))
+    return Answer(as_arrow(rows), (*notes, *few, *own_groups(rows), *older(runs, options)))
 
 
-def frontier_rows(runs: Runs, by: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of `frontier_view`, runs first, then means over the runs of an arm."""
+def frontier_rows(runs: Runs, options: Options) -> list[dict[str, Any]]:
+    """Rows of `frontier_view`, runs first, then means over the runs of an arm. Raises as `chosen_counts`."""
+    return _frontier_of(chosen_counts(runs, options)[0], runs, options)
+
+
+def _frontier_of(counts: Mapping[Key, Counts], runs: Runs, options: Options) -> list[dict[str, Any]]:
     measured: dict[str, dict[int, dict[str, Any]]] = {}
     for row in runs.table(FRONTIER).to_pylist():
         measured.setdefault(row["run_id"], {})[row["rollout"]] = row
     rows: list[dict[str, Any]] = []
-    for (run, benchmark, rollout), (n_P, c_P) in counts_of(runs).items():
+    for (run, benchmark, rollout), (n_P, c_P) in counts.items():
         near = [at for at in measured.get(run, {}) if rollout is not None and at <= rollout]
         if near:
-            entropy, k = measured[run][max(near)], int(n_P.min())
+            entropy, k = measured[run][max(near)], options.k or int(n_P.min())
             rows.append(
                 {
                     "series": run,
@@ -182,7 +238,7 @@ def frontier_rows(runs: Runs, by: Sequence[str]) -> list[dict[str, Any]]:
                     "pass_at_k": float(pass_at_k_values(n_P, c_P, k).mean()),
                 }
             )
-    return rows + [row for arm in arms_of(runs, by) if len(arm.runs) > 1 for row in _frontier_means(arm, rows)]
+    return rows + [row for arm in arms_of(runs, options.by) if len(arm.runs) > 1 for row in _frontier_means(arm, rows)]
 
 
 def _frontier_means(arm: Arm, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
