@@ -159,6 +159,8 @@ def _refuse_other_folders(folder: Path) -> None:
         ".claim",
         ".stalled",
         "..stalled",
+        ".end.json",
+        "..end.json",
         ".status.json",
         ".spec.json",
         "status.json",

@@ -21,6 +21,7 @@ from clipctl.errors import DependencyError, EngineError, Preempted, SpecError, S
 from clipctl.folder import read_json
 from clipctl.segments import write_whole
 from clipctl.slurm_job import SlurmRun, one_line
+from clipctl.slurm_resources import Options, resources
 from clipctl.sweep_folder import Placed, is_left, is_running
 
 LOOK_SECONDS = 10.0
@@ -28,7 +29,8 @@ LOOK_SECONDS = 10.0
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 OURS = ("array", "chdir", "signal", "requeue", "open_mode", "output", "error")
 """Options of sbatch that the launcher sets."""
-Options = Mapping[str, str | int | bool]
+WITH_CORES = 'if [ -n "$SLURM_CPUS_PER_TASK" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi'
+"""In a batch script: srun of Slurm 22.05 and later takes the cores of a task from there alone."""
 
 
 def parse_options(texts: Sequence[str], of_file: Options) -> dict[str, str | int | bool]:
@@ -84,7 +86,8 @@ def print_script(folder: Path, placed: Sequence[Placed], jobs: int, options: Opt
     if not placed:
         raise SpecError(f"--print-script: nothing is left to do of {folder}")
     place_of_logs(folder)
-    margin = max(place.member.spec.checkpoint.margin for place in placed)
+    specs = [place.member.spec for place in placed]
+    margin = max(spec.checkpoint.margin for spec in specs)
     flags: dict[str, str | int | bool] = {
         "job_name": folder.name,
         "chdir": str(Path.cwd()),
@@ -93,7 +96,7 @@ def print_script(folder: Path, placed: Sequence[Placed], jobs: int, options: Opt
         "open_mode": "append",
         "requeue": True,
         "signal": f"USR2@{warning_seconds(options, margin)}",
-        **options,
+        **resources(specs, options),
     }
     program = [sys.executable, "-m", "clipctl"]
     lines = [
@@ -108,6 +111,7 @@ def print_script(folder: Path, placed: Sequence[Placed], jobs: int, options: Opt
         "# The signal before the end is the one notice of it; the shell waits for the run, which answers.",
         "unset SLURM_JOB_END_TIME",
         "trap : TERM USR2",
+        WITH_CORES,
         'eval "srun ${runs[$SLURM_ARRAY_TASK_ID]}"',
         "code=$?",
         "# 75: interrupted and saved.",
@@ -140,7 +144,8 @@ def submit(
         raise DependencyError(
             "--launcher slurm needs submitit: pip install 'clipctl[slurm]'; or use --print-script"
         ) from None
-    margin = max(place.member.spec.checkpoint.margin for place in left)
+    specs = [place.member.spec for place in left]
+    margin = max(spec.checkpoint.margin for spec in specs)
     place_of_logs(folder)
     executor = SlurmExecutor(folder / "slurm", max_num_timeout=10**6)
     executor.update_parameters(
@@ -149,7 +154,8 @@ def submit(
         signal_delay_s=warning_seconds(options, margin),
         stderr_to_stdout=True,
         wckey=None,
-        additional_parameters={"requeue": True, **options},
+        setup=[WITH_CORES],
+        additional_parameters={"requeue": True, **resources(specs, options)},
     )
     try:
         folders = [place.folder.absolute() for place in left]

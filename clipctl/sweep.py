@@ -8,12 +8,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import IO
 
+from clipctl.ends import HARMLESS, INTERRUPTED, End, closed, forget_end, write_end
 from clipctl.errors import Interrupted, Preempted, StoreError, SweepFailed
 from clipctl.fork_server import ForkServer
 from clipctl.interrupts import StopNow, StopRequests, catch_signals, job_end
@@ -26,7 +28,6 @@ REACTION_SECONDS = 0.05
 """Until a signal is passed on. A scheduler may signal the runs as well: what comes to them at once is one request."""
 DYING_SECONDS = 10.0
 """How much longer than its grace time a run may take to end."""
-INTERRUPTED = (75, 130)
 NO_SPACE = (os.strerror(ENOSPC), os.strerror(EDQUOT))
 """What a full disk and a spent quota are called."""
 Tell = Callable[[str], None]
@@ -42,7 +43,7 @@ class Progress:
 
     @property
     def failed(self) -> list[str]:
-        return [name for name, code in self.ended.items() if code not in (None, 0, 8, *INTERRUPTED)]
+        return [name for name, code in self.ended.items() if code not in (None, *HARMLESS)]
 
     @property
     def interrupted(self) -> list[str]:
@@ -140,7 +141,9 @@ class _Launch:
         self.tell = tell
         # What fails while this launch waits for it was tried again already.
         self.again = {
-            place.member.name: place.attempt for place in placed if retry_failed and place.outlook == "failed"
+            place.member.name: (place.attempt, place.failure)
+            for place in placed
+            if retry_failed and place.outlook == "failed"
         }
         self.progress = Progress(len(placed))
         self.crashed, self.stopping = False, False
@@ -197,20 +200,24 @@ class _Launch:
     def _look_at(self, place: Placed) -> None:
         if self._is_done(place):
             return
+        claim = None
         try:
             # The log's folder first, but not before there is something to run: readers name an empty folder.
             said = _make_log(self._log(place))
             claim = open_claim(place.folder)
+            if claim is None:
+                return
+            # It may have ended while it was being claimed.
+            if self._is_done(place):
+                claim.close()
+                return
+            forget_end(place.folder)
         except StoreError as error:
+            if claim is not None:
+                claim.close()
             self.waiting.remove(place)
             self._end(place, error.exit_code, str(error))
             self.tell(f"{place.member.name}: failed: {error}")
-            return
-        if claim is None:
-            return
-        # It may have ended while it was being claimed.
-        if self._is_done(place):
-            claim.close()
             return
         self.waiting.remove(place)
         share, began = self.free.pop(0), time.monotonic()
@@ -227,7 +234,7 @@ class _Launch:
     def _is_done(self, place: Placed) -> bool:
         """Whether there is nothing left to do of a run that waits; it is told and counted then."""
         outlook = place.outlook
-        if is_left(outlook, self.again.get(place.member.name) == place.attempt):
+        if is_left(outlook, self.again.get(place.member.name) == (place.attempt, place.failure)):
             return False
         self.waiting.remove(place)
         self.progress.ended[place.member.name] = FAILED_BEFORE if outlook == "failed" else None
@@ -243,12 +250,12 @@ class _Launch:
         before = len(self._running)
         for number, code in self._server.ended(seconds).items():
             running = self._running.pop(number)
-            running.claim.close()
             self.free.append(running.share)
             name = running.place.member.name
             self.progress.running.remove(name)
             if code == 2 and is_running(running.place.folder):
                 # A process outside of any sweep was faster.
+                running.claim.close()
                 self.waiting.append(running.place)
                 continue
             if self.stopping and code in (-SIGINT, -SIGTERM):
@@ -259,6 +266,7 @@ class _Launch:
                 # Its last word did not get into the log.
                 last = ""
             self._end(running.place, code, last)
+            running.claim.close()
             self.tell(f"{name}: {_end_words(running, code, last)}")
         return len(self._running) < before
 
@@ -266,6 +274,10 @@ class _Launch:
         """Counts a run that ended. last: what it said in the end, empty where its log could not take it."""
         self.crashed |= code < 0
         self.progress.ended[place.member.name] = code
+        if code > 0 and code not in HARMLESS:
+            # Where the disk is full, so that it cannot be recorded, the next launch finds out again.
+            with suppress(StoreError):
+                write_end(place.folder, closed(End(place.member.identity), code, last, place.attempt))
         if code == StoreError.exit_code and (not last or any(words in last for words in NO_SPACE)):
             self.full.append(place.member.name)
 

@@ -18,6 +18,7 @@ from typing import IO, Any, Literal
 from clipctl.attempts import MAY_CHANGE, spec_changes, status_problem
 from clipctl.checkpoint import newest
 from clipctl.discover import find_folders
+from clipctl.ends import End, read_end
 from clipctl.errors import SpecError, StoreError
 from clipctl.folder import read_json, state_of, usable_status
 from clipctl.journal import check_place
@@ -28,7 +29,7 @@ from clipctl.sweep_spec import Member, SweepSpec, identity
 
 RECORD = "sweep.json"
 CLAIM = ".claim"
-"""In a run's folder; locked by the sweep that runs it, from before its process starts until after it ended."""
+"""In a run's folder; locked by the sweep or job that runs it, from before its process starts until after it ended."""
 
 MAY_CHANGE_LATER = tuple(key for key in MAY_CHANGE if key != "eval.")
 """Keys, and groups of keys, that may be otherwise for a run that is finished."""
@@ -72,12 +73,25 @@ class Placed:
             return str(error)
 
     @property
+    def failure(self) -> End | None:
+        """How the last command on it failed, as the job or sweep recorded that ran it; None of one that was begun again since."""
+        end = read_end(self.folder, self.member.identity)
+        return end if end is not None and end.is_failure and end.attempt == self.attempt else None
+
+    @property
     def message(self) -> str:
-        """What the run's last attempt said of its end."""
-        return str(_status(self.folder).get("message") or "")
+        """What was said of the end of the run's last attempt, or of the command that did not come to one."""
+        failure = self.failure
+        return failure.words if failure is not None else str(_status(self.folder).get("message") or "")
 
     @property
     def outlook(self) -> Outlook:
+        own = self._own_outlook
+        return "failed" if own in ("missing", "unfinished") and self.failure is not None else own
+
+    @property
+    def _own_outlook(self) -> Outlook:
+        """What the run's own files say."""
         if self.damage:
             return "unfinished"
         status = _status(self.folder)
@@ -162,12 +176,21 @@ def read_record(folder: Path) -> list[dict[str, Any]]:
 def open_claim(folder: Path) -> IO[str] | None:
     """The locked claim of a run, None where another process has it or runs the run. Closing it gives the run back. The
     kernel does so when its holder dies. Raises StoreError where the folder cannot be written."""
+    claim = open_bare_claim(folder)
+    if claim is not None and is_running(folder):
+        claim.close()
+        return None
+    return claim
+
+
+def open_bare_claim(folder: Path) -> IO[str] | None:
+    """The same, also where a process that made no claim seems to run the run."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         claim = (folder / CLAIM).open("a")
     except OSError as error:
         raise StoreError(f"{folder}: {error.strerror}") from None
-    if try_lock(claim) and not is_running(folder):
+    if try_lock(claim):
         return claim
     claim.close()
     return None

@@ -20,6 +20,7 @@ from clipctl import load_spec
 from clipctl.errors import EngineError, Preempted, SpecError, SweepFailed
 from clipctl.slurm import parse_options, print_script, queued_runs, seconds_of, wait_for_runs, warning_seconds
 from clipctl.slurm_job import STALLS, SlurmRun, count_stalls, job_id
+from clipctl.slurm_resources import resources
 from clipctl.sweep_folder import place_members, record_sweep
 from clipctl.sweep_spec import expand, preset_sweep, resolve_sweep
 from clipctl.train import train
@@ -116,6 +117,78 @@ def test_the_script_is_bash_and_has_a_command_for_each_run_that_is_left(tmp_path
         a_run(tmp_path / "s" / member.name, member, "finished", 40)
     with pytest.raises(SpecError, match="nothing is left to do"):
         print_script(tmp_path / "s", placed, 2, {"time": "9"}, retry_failed=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "chosen"),
+    [
+        ({}, {}, {"ntasks": 1, "cpus_per_task": 1}),
+        ({"engine.threads": 3}, {}, {"ntasks": 1, "cpus_per_task": 3}),
+        (
+            {"engine.threads": 3, "reward.kind": "math", "reward.workers": 4},
+            {},
+            {"ntasks": 1, "cpus_per_task": 7},
+        ),
+        ({"engine.threads": 3}, {"cpus_per_task": "8"}, {"ntasks": 1, "cpus_per_task": "8"}),
+        ({"engine.device": "cuda"}, {}, {"ntasks": 1, "cpus_per_task": 1, "gres": "gpu:1"}),
+        (
+            {"engine.device": "cuda", "engine.sampler": "vllm", "engine.vllm.tensor_parallel": 4},
+            {},
+            {"ntasks": 1, "cpus_per_task": 1, "gres": "gpu:4"},
+        ),
+        ({"engine.device": "cuda"}, {"ntasks": "2"}, {"ntasks": "2", "cpus_per_task": 1, "gres": "gpu:2"}),
+        (
+            {"engine.device": "cuda"},
+            {"nodes": "2", "ntasks_per_node": "8"},
+            {"nodes": "2", "ntasks_per_node": "8", "cpus_per_task": 1, "gres": "gpu:8"},
+        ),
+        (
+            {"engine.device": "cuda"},
+            {"nodes": "3", "ntasks": 7},
+            {"nodes": "3", "ntasks": 7, "cpus_per_task": 1, "gres": "gpu:3"},
+        ),
+        *(
+            ({"engine.device": "cuda"}, {key: value}, {"ntasks": 1, "cpus_per_task": 1, key: value})
+            for key, value in {"gres": "gpu:a100:2", "gpus": "2", "gpus_per_node": "2", "gpus_per_task": "2"}.items()
+        ),
+    ],
+)
+def test_resources_follow_from_the_spec_where_they_are_not_given(
+    overrides: dict[str, Any], options: dict[str, Any], chosen: dict[str, Any]
+) -> None:
+    assert resources([load_spec("tiny", overrides)], options) == chosen
+
+
+def test_a_job_of_an_array_has_what_its_hungriest_run_needs() -> None:
+    specs = [
+        load_spec("tiny", {"engine.threads": 5}),
+        load_spec("tiny", {"engine.device": "cuda"}),
+        load_spec("tiny", {"engine.device": "cuda", "engine.sampler": "vllm", "engine.vllm.tensor_parallel": 2}),
+    ]
+    assert resources(specs, {}) == {"ntasks": 1, "cpus_per_task": 5, "gres": "gpu:2"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines", "absent"),
+    [
+        (["--preset", "fig9"], ["--gres=gpu:1", "--ntasks=1", "--cpus-per-task="], []),
+        (["--preset", "fig9", "--slurm", "gpus-per-node=h100:2"], ["--gpus-per-node=h100:2"], ["--gres"]),
+        (["--preset", "tiny", "--set", "engine.threads=2"], ["--cpus-per-task=2"], ["--gres"]),
+        (["--spec", "sweep.toml"], ["--cpus-per-task=9"], []),
+    ],
+)
+def test_the_printed_script_asks_for_what_the_runs_need(
+    tmp_path: Path, arguments: list[str], lines: list[str], absent: list[str]
+) -> None:
+    (tmp_path / "sweep.toml").write_text("base = ['tiny']\nseeds = 1\n[slurm]\ncpus-per-task = 9\n")
+    words = ["sweep", *arguments, "--launcher", "slurm", "--slurm", "time=4:00:00", "--print-script"]
+    done = subprocess.run(
+        [sys.executable, "-m", "clipctl", *words], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    for line in lines:
+        assert sum(f"#SBATCH {line}" in told for told in done.stdout.splitlines()) == 1
+    for line in absent:
+        assert line not in done.stdout
 
 
 def test_without_slurm_it_is_said(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from clipctl import load_spec, open_runs
+from clipctl.ends import END, End, closed, write_end
 from clipctl.errors import SpecError
 from clipctl.shares import Share, divided, machine_gpus, share_machine
 from clipctl.spec import spec_json
@@ -194,6 +195,39 @@ def test_what_failed_while_a_launch_waited_for_it_is_not_tried_again(tmp_path: P
     assert launch._is_done(placed[0])
     assert said == ["tiny-0: failed before: why"]
     assert launch.progress.failed == ["tiny-0"]
+    # The same of one that never came to an attempt.
+    (placed[0].folder / "status.json").unlink()
+    write_end(placed[0].folder, closed(End(member.identity), 2, "no", -1))
+    launch = _Launch(tmp_path / "s", list(placed), [], (), True, said.append)
+    assert not launch._is_done(placed[0])
+    write_end(placed[0].folder, closed(End(member.identity), 2, "no", -1))
+    assert launch._is_done(placed[0])
+    assert said[1:] == ["tiny-0: failed before: exit code 2: no"]
+
+
+def test_a_failure_that_is_recorded_is_that_of_the_last_command_on_this_run(tmp_path: Path) -> None:
+    """Not of a run with another spec, nor of one that was begun again, or finished, since."""
+    one, other = expand(resolve_sweep(preset_sweep("tiny"), seeds=2))
+    folder = tmp_path / "s" / "tiny-0"
+    (placed,) = place_members(tmp_path, "s", [one])
+    assert (placed.outlook, placed.failure) == ("missing", None)
+    write_end(folder, closed(End(one.identity), 4, "clipctl: no model", -1))
+    assert (placed.outlook, placed.message) == ("failed", "exit code 4: no model")
+    write_end(folder, closed(End(other.identity), 4, "clipctl: no model", -1))
+    assert placed.outlook == "missing"
+    for code, outlook in ((0, "missing"), (8, "missing"), (75, "missing"), (130, "missing"), (-9, "failed")):
+        write_end(folder, closed(End(one.identity), code, "", -1))
+        assert placed.outlook == outlook
+    assert placed.message == "killed by SIGKILL: it said nothing"
+    a_run(tmp_path / "t" / "tiny-0", one, "running", 3)
+    (begun,) = place_members(tmp_path, "t", [one])
+    write_end(begun.folder, closed(End(one.identity), -9, "rollout 3", -1))
+    assert begun.outlook == "unfinished"
+    write_end(begun.folder, closed(End(one.identity), -9, "rollout 3", 0))
+    assert (begun.outlook, begun.message) == ("failed", "killed by SIGKILL: rollout 3")
+    for damaged in ("", "[]", '{"identity": 3}', '{"code": "x"}'):
+        (begun.folder / END).write_text(damaged)
+        assert begun.outlook == "unfinished"
 
 
 def test_the_table_of_a_sweep_that_this_process_may_not_write(tmp_path: Path) -> None:
@@ -429,6 +463,30 @@ def test_a_run_that_fails_costs_itself_alone(tmp_path: Path) -> None:
     assert (code, errors.count(": failed before: "), "starts" in errors) == (9, 2, False)
     code, errors = ended(started(tmp_path, _without_lr(), *grid, "--retry-failed"))
     assert (code, errors.count("failed (exit code 5)")) == (9, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spec", "code", "words"),
+    [({"model.path": "nomodel"}, 4, "model.path: "), ({"data.task": "nope"}, 2, "data.task: ")],
+)
+def test_a_run_that_fails_before_it_has_a_status_is_tried_again_when_that_is_asked_for(
+    tmp_path: Path, spec: dict[str, Any], code: int, words: str
+) -> None:
+    grid = ("--seeds", "2")
+    returned, errors = ended(started(tmp_path, TINY | spec, *grid))
+    assert (returned, errors.count(f": failed (exit code {code}): {words}")) == (9, 2), errors
+    assert states(tmp_path / "runs" / "s") == {}
+    table, _ = started(tmp_path, TINY | spec, *grid, "--dry-run").communicate()
+    assert table.count("nothing without --retry-failed: failed") == 2
+    returned, errors = ended(started(tmp_path, TINY | spec, *grid))
+    assert (returned, "starts" in errors) == (9, False), errors
+    assert errors.count(f": failed before: exit code {code}: {words}") == 2
+    returned, errors = ended(started(tmp_path, TINY | spec, *grid, "--retry-failed"))
+    assert (returned, errors.count(": starts")) == (9, 2), errors
+    # The run of that name that the user meant is another one, and what failed says nothing of it.
+    swept(tmp_path, TINY, *grid)
+    assert set(states(tmp_path / "runs" / "s").values()) == {("finished", 0)}
 
 
 @pytest.mark.slow
