@@ -92,8 +92,8 @@ def train(
         "model.path": model,
     }
     resolved = resolve_spec(
-        preset_layer(preset) if preset else {},
-        read_toml(spec) if spec else {},
+        preset_layer(preset) if preset is not None else {},
+        read_toml(spec) if spec is not None else {},
         nest(dict(parse_assignment(text) for text in assignments or ())),
         nest({key: value for key, value in flags.items() if value is not None}),
     )
@@ -277,7 +277,7 @@ def sweep(
         seeds,
     )
     members = expand(described)
-    title = name or default_name(preset or str(spec), described)
+    title = default_name(preset or str(spec), described) if name is None else name
     from clipctl.sweep_folder import place_members, planning, record_sweep
 
     if dry_run:
@@ -493,8 +493,8 @@ def doctor(
     from clipctl.spec import parse_assignment, preset_layer, read_toml, resolve_spec
 
     layers = [
-        preset_layer(preset) if preset else {},
-        read_toml(spec) if spec else {},
+        preset_layer(preset) if preset is not None else {},
+        read_toml(spec) if spec is not None else {},
         nest(dict(parse_assignment(text) for text in assignments or ())),
     ]
     resolved = resolve_spec(*layers) if any(layers) else None

@@ -11,12 +11,15 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from clipctl.errors import SpecError
 from clipctl.layers import leaves, nest, overlay
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -624,7 +627,7 @@ def validate(model: type[Spec], layer: Mapping[str, Any]) -> Spec:
     try:
         return model.model_validate(layer)
     except ValidationError as error:
-        raise SpecError(_one_line(error, model)) from None
+        raise SpecError(_one_line(error, model, layer)) from None
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -648,7 +651,14 @@ def spec_from_json(text: str) -> RunSpec:
     try:
         return RunSpec.model_validate_json(text, strict=False)
     except ValidationError as error:
-        raise SpecError(_one_line(error, RunSpec)) from None
+        raise SpecError(_one_line(error, RunSpec, _as_read(text))) from None
+
+
+def _as_read(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None
 
 
 def schema_json() -> str:
@@ -672,11 +682,11 @@ def presets_folder() -> Path:
     return shipped if shipped.is_dir() else Path(__file__).parent.parent / "presets"
 
 
-def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem: unknown keys first, since another complaint may only follow from them."""
+def _one_line(error: ValidationError, model: type[BaseModel], layer: Any) -> str:
+    """The first problem: unknown keys first, since another complaint may only follow from them. layer: what was read."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
-    dotted = _written_key(problem["loc"])
+    dotted, option = _written_key(problem, layer)
     match problem["type"]:
         case "extra_forbidden":
             return _unknown_key(dotted, problem["loc"], model)
@@ -689,30 +699,56 @@ def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
             return "model.path: missing; give --model, or start from a --preset or a --spec that has it"
         case "missing" if isinstance(problem["loc"][-1], int):
             return f"{dotted}: too few values, found {problem['input']!r}"
+        case "missing" if any(isinstance(part, int) for part in problem["loc"]):
+            return f"{dotted}: missing; each of {dotted.rpartition('.')[0]} needs it"
         case "missing":
             return f"{dotted}: missing; give it in the spec file or with --set {dotted}=VALUE, or start from a --preset"
-        case "model_type" | "model_attributes_type":
+        case "model_type" | "model_attributes_type" | "dict_type":
             keys = ", ".join(dict.fromkeys(key for key in _model_keys(model) if key.startswith(f"{dotted}.")))
-            return f"{dotted}: is a group of keys ({keys}), found {problem['input']!r}"
-        case "tuple_type":
+            what = f"is a group of keys ({keys})" if keys else "takes keys with values, as a table of TOML"
+            return f"{dotted}: {what}, found {problem['input']!r}"
+        case "tuple_type" if not option:
             return f"{dotted}: takes a list, such as '[\"…\"]' or '[0.1, 0.2]', found {problem['input']!r}"
         case "value_error":
             message = str(problem["ctx"]["error"])
             return f"{dotted}.{message}" if dotted else message
     # A value that fits none of a union's options has one complaint for each.
-    options = [
-        other["msg"].removeprefix("Input should be ") for other in problems if _written_key(other["loc"]) == dotted
-    ]
-    if len(options) > 1:
-        return f"{dotted}: input should be {', or '.join(options)}, found {problem['input']!r}"
-    return f"{dotted}: {problem['msg'][0].lower()}{problem['msg'][1:]}, found {problem['input']!r}"
+    wanted: dict[tuple[str, ...], str] = {}
+    for other in problems:
+        key, its = _written_key(other, layer)
+        if key == dotted:
+            each = "a list of which each value is " if its and isinstance(other["loc"][-1], int) else ""
+            wanted.setdefault(its, each + _wanted(other))
+    return f"{dotted}: input should be {', or '.join(wanted.values())}, found {problem['input']!r}"
 
 
-def _written_key(loc: tuple[int | str, ...]) -> str:
-    """The dotted key as the user wrote it: pydantic puts a union's option and places in a list into the path."""
-    is_option = loc[:1] == ("reward",) and len(loc) > 1 and loc[1] in _KINDS
-    names = (loc[0], *loc[2:]) if is_option else loc[:2] if loc[:2] in _VALUE_UNIONS else loc
-    return ".".join(name for name in names if isinstance(name, str))
+def _wanted(problem: "ErrorDetails") -> str:
+    """What a value should be: pydantic's words but for those of Python."""
+    if problem["type"] in _WORDS:
+        return _WORDS[problem["type"]]
+    for kind, least in (("too_short", "at least"), ("too_long", "at most")):
+        if problem["type"] == kind:
+            count = problem["ctx"]["min_length" if kind == "too_short" else "max_length"]
+            return f"a list of {least} {count} value{'s' * (count != 1)}"
+    if problem["type"] == "string_too_short":
+        return "a string that is not empty"
+    return problem["msg"].removeprefix("Input should be ")
+
+
+def _written_key(problem: "ErrorDetails", layer: Any) -> tuple[str, tuple[str, ...]]:
+    """The dotted key as the user wrote it, and the option of a union that complains, which pydantic puts into the path."""
+    names, option, place = [], [], layer
+    for at, part in enumerate(problem["loc"]):
+        if isinstance(part, int):
+            place = place[part] if isinstance(place, list | tuple) and part < len(place) else None
+        elif isinstance(place, Mapping) and part in place:
+            names.append(part)
+            place = place[part]
+        elif problem["type"] == "missing" and at == len(problem["loc"]) - 1:
+            names.append(part)
+        else:
+            option.append(part)
+    return ".".join(names), tuple(option)
 
 
 def _unknown_key(dotted: str, loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
@@ -752,5 +788,13 @@ _REWARDS = {
     for reward in get_args(get_args(Reward)[0])
 }
 _KINDS = list(_REWARDS)
-_VALUE_UNIONS = {("store", "tokens"), ("control", "target_entropy"), ("checkpoint", "keep")}
-"""Keys that take one of several kinds of values."""
+_WORDS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing_size": "a whole number of fewer digits",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+}
+"""What a value should be, by the type of pydantic's complaint."""

@@ -202,7 +202,7 @@ def preset_sweep(name: str) -> dict[str, Any]:
 def file_sweep(path: Path) -> dict[str, Any]:
     """The layer of `--spec`: a sweep file, or a file of a run spec to vary. Raises SpecError where it is not readable."""
     layer = read_toml(path)
-    return _over(layer) if layer.keys() & {"base", "include", "over"} else {"base": [_as_file(path)]}
+    return _over(layer) if layer.keys() & {"over", *SweepSpec.model_fields} else {"base": [_as_file(path)]}
 
 
 def _as_file(path: Path) -> str:
@@ -228,7 +228,8 @@ def _over(layer: Mapping[str, Any]) -> dict[str, Any]:
     # The rows of a list belong together, and so do its names.
     if "zip" in flat:
         below = {key: value for key, value in below.items() if key not in ("zip", "names")}
-    return below | flat | {"set": {**below.get("set", {}), **flat.get("set", {})}}
+    own = flat.get("set", {})
+    return below | flat | {"set": {**below.get("set", {}), **own} if isinstance(own, dict) else own}
 
 
 def resolve_sweep(
@@ -241,8 +242,10 @@ def resolve_sweep(
     """The sweep of a layer and of what the command line says: --set over `set`, --grid and --zip over the lists of the same
     keys, --seeds over `seeds`. Raises SpecError, in one line that names the key."""
     merged = dict(layer)
-    merged["set"] = {**merged.get("set", {}), **(assignments or {})}
-    merged["grid"] = {**merged.get("grid", {}), **(grid or {})}
+    for group, more in (("set", assignments or {}), ("grid", grid or {})):
+        # What is no table stays as it is, to be refused with its name.
+        if isinstance(own := merged.get(group, {}), Mapping):
+            merged[group] = {**own, **more}
     if zipped:
         merged["zip"] = dict(zipped)
         merged.pop("names", None)

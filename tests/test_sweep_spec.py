@@ -256,7 +256,19 @@ def test_a_sweep_file_and_a_run_spec_are_told_apart(tmp_path: Path) -> None:
         ({"base": ["tiny"], "seed": 3}, r"seed: unknown key \(did you mean seeds\?\)"),
         ({"base": ["tiny"], "grid": {"clip.lo": [1.0]}}, r"lo1-0: clip\.lo: unknown key \(did you mean clip\.low\?\)"),
         ({"base": ["tiny"], "grid": {"clip.low": [3.0]}}, r"low3-0: clip\.low: input should be less than"),
-        ({"base": ["tiny"], "grid": {"clip.low": []}}, r"grid\.clip\.low: .*at least 1"),
+        ({"base": ["tiny"], "grid": {"clip.low": []}}, r"^grid\.clip\.low: input should be a list of at least 1 value, found"),
+        ({"base": ["tiny"], "grid": 3}, r"^grid: takes keys with values, as a table of TOML, found 3$"),
+        ({"base": ["tiny"], "set": "a"}, r"^set: takes keys with values, as a table of TOML, found 'a'$"),
+        ({"base": ["tiny"], "zip": ["a"]}, r"^zip: takes keys with values, as a table of TOML, found \['a'\]$"),
+        ({"base": ["tiny"], "seeds": "x"}, "^seeds: input should be a whole number, or a list, found 'x'$"),
+        ({"base": ["tiny"], "seeds": 0}, "^seeds: input should be greater than or equal to 1, or a list, found 0$"),
+        ({"base": ["tiny"], "seeds": [1, "a"]},
+         r"^seeds: input should be a whole number, or a list of which each value is a whole number, found \[1, 'a'\]$"),
+        ({"base": ["tiny"], "seeds": []}, "^seeds: input should be a whole number, or a list of at least 1 value, found"),
+        ({"base": ["tiny"], "slurm": {"time": 1.5}},
+         r"^slurm\.time: input should be a string, or a whole number, or true or false, found 1\.5$"),
+        ({"base": ["tiny"], "slurm": {"str": 1.5}}, r"^slurm\.str: input should be a string"),
+        ({"base": ["tiny"], "views": [{"by": ["clip.low"]}]}, r"^views\.view: missing; each of views needs it$"),
         ({"base": ["tiny"], "zip": {"clip.low": [0.1, 0.2], "clip.high": [0.1]}}, "zip: lists of one length, found clip"),
         ({"base": ["tiny"], "zip": {"clip.low": [0.1]}, "names": ["a", "b"]}, "2 names for 1 rows"),
         ({"base": ["tiny"], "zip": {"clip.low": [0.1]}, "names": ["../a"]}, "is not allowed"),
@@ -278,6 +290,20 @@ def test_what_is_refused(layer: dict[str, Any], words: str) -> None:
     with pytest.raises(SpecError, match=words) as error:
         swept(layer)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seeds = 2\n[grid]\nclip.low = [0.1]\n", r"^base: missing; name one or more presets"),
+        ('over = "fig3"\nset = 1\n', "^set: takes keys with values"),
+        ("[grid]\nclip.low = 0.1\n", r"^grid\.clip\.low: takes a list"),
+    ],
+)
+def test_sweep_files_that_are_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "x.toml").write_text(text)
+    with pytest.raises(SpecError, match=words):
+        swept(file_sweep(tmp_path / "x.toml"))
 
 
 def test_what_the_command_line_refuses() -> None:
