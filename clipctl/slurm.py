@@ -22,7 +22,7 @@ from clipctl.folder import read_json
 from clipctl.segments import write_whole
 from clipctl.slurm_job import SlurmRun, one_line
 from clipctl.slurm_resources import Options, resources
-from clipctl.sweep_folder import Placed, is_left, is_running
+from clipctl.sweep_folder import Placed, is_left, is_running, retry_hint
 
 LOOK_SECONDS = 10.0
 """Between two looks at runs and queue."""
@@ -248,7 +248,7 @@ def wait_for_runs(
     left = [place.member.name for place in placed if is_left(place.outlook, retry_failed=False)]
     if failed:
         raise SweepFailed(
-            f"{len(failed)} of {len(placed)} runs failed: {', '.join(failed)}; --retry-failed submits them again"
+            f"{len(failed)} of {len(placed)} runs failed: {', '.join(failed)}; {retry_hint(placed, failed, 'submits them again')}"
         )
     if left:
         raise Preempted(

@@ -20,7 +20,7 @@ from clipctl.errors import Interrupted, Preempted, StoreError, SweepFailed
 from clipctl.fork_server import ForkServer
 from clipctl.interrupts import StopNow, StopRequests, catch_signals, job_end
 from clipctl.shares import Share
-from clipctl.sweep_folder import Placed, is_left, is_running, open_claim
+from clipctl.sweep_folder import Placed, is_left, is_running, open_claim, retry_hint
 
 LOOK_SECONDS = 0.5
 """Between two looks at runs that another launch runs, and two drawings."""
@@ -106,7 +106,7 @@ def run_sweep(
     if progress.failed:
         names = ", ".join(progress.failed)
         again = "the same command goes on with those that crashed"
-        hint = again if launch.crashed else "--retry-failed runs them again"
+        hint = again if launch.crashed else retry_hint(placed, progress.failed, "runs them again")
         raise SweepFailed(
             f"{len(progress.failed)} of {progress.total} runs failed: {names}; see {folder / 'logs'}; {hint}"
         )

@@ -110,6 +110,19 @@ def is_left(outlook: Outlook, retry_failed: bool) -> bool:
     return outlook in ("missing", "unfinished") or (retry_failed and outlook == "failed")
 
 
+def retry_hint(placed: Sequence[Placed], failed: Sequence[str], does: str) -> str:
+    """What can be done about runs that failed, by name. does: what --retry-failed does with them."""
+    codes = {place.member.name: failure.code for place in placed if (failure := place.failure) is not None}
+    damaged = [name for name in failed if codes.get(name) == StoreError.exit_code]
+    if not damaged:
+        return f"--retry-failed {does}"
+    one = len(damaged) == 1
+    return (
+        f"--retry-failed {does}, but {', '.join(damaged)} only when what {'its line names' if one else 'their lines name'} is "
+        f"mended, or the run's folder removed to start it anew"
+    )
+
+
 def place_members(runs_dir: Path, name: str, members: Sequence[Member]) -> list[Placed]:
     """Where each run lies or will lie; writes nothing.
 

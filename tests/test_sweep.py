@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from clipctl.errors import SpecError
 from clipctl.shares import Share, divided, machine_gpus, share_machine
 from clipctl.spec import spec_json
 from clipctl.sweep import _Launch
-from clipctl.sweep_folder import CLAIM, open_claim, place_members, planning, record_sweep
+from clipctl.sweep_folder import CLAIM, open_claim, place_members, planning, record_sweep, retry_hint
 from clipctl.sweep_spec import Member, expand, preset_sweep, resolve_sweep
 from clipctl.sweep_view import table_lines, views_lines
 from clipctl.train import train
@@ -487,6 +488,38 @@ def test_a_run_that_fails_before_it_has_a_status_is_tried_again_when_that_is_ask
     # The run of that name that the user meant is another one, and what failed says nothing of it.
     swept(tmp_path, TINY, *grid)
     assert set(states(tmp_path / "runs" / "s").values()) == {("finished", 0)}
+
+
+def test_what_is_damaged_is_not_mended_by_a_retry(tmp_path: Path) -> None:
+    members = expand(resolve_sweep(preset_sweep("tiny"), seeds=3))
+    placed = place_members(tmp_path, "s", members)
+    for place, code in zip(placed, (7, 4, -9), strict=True):
+        write_end(place.folder, closed(End(place.member.identity), code, "clipctl: no", -1))
+    names = [place.member.name for place in placed]
+    assert retry_hint(placed, names, "runs them again") == (
+        "--retry-failed runs them again, but tiny-0 only when what its line names is mended, or the run's folder removed to "
+        "start it anew"
+    )
+    assert retry_hint(placed, names[1:], "submits them again") == "--retry-failed submits them again"
+
+
+@pytest.mark.slow
+def test_a_damaged_store_in_a_sweep_and_what_the_sweep_says_of_it(tmp_path: Path) -> None:
+    """Its hint is what helps."""
+    swept(tmp_path, TINY)
+    run = tmp_path / "runs" / "s" / "tiny-0"
+    (run / "metrics.duckdb").write_bytes(b"x" * 5000)
+    more = TINY | {"run.steps": 3}
+    for words in ((), ("--retry-failed",)):
+        code, errors = ended(started(tmp_path, more, *words))
+        assert (code, errors.count("metrics.duckdb cannot be gone on with")) == (9, 1), errors
+        assert errors.strip().endswith(
+            "--retry-failed runs them again, but tiny-0 only when what its line names is mended, or the run's folder removed "
+            "to start it anew"
+        )
+    shutil.rmtree(run)
+    swept(tmp_path, more)
+    assert states(tmp_path / "runs" / "s")["tiny-0"] == ("finished", 0)
 
 
 @pytest.mark.slow
