@@ -561,6 +561,21 @@ def _stop_early(early: list[str], number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
 
+_USAGE_ERROR: type[Any] = typer.BadParameter.__mro__[1]
+"""Of all wrong usage; typer has no public name for it."""
+
+
+def _refuse_usage(error: Any) -> NoReturn:
+    from pydantic import ValidationError
+
+    if isinstance(error.__cause__, ValidationError):
+        from clipctl.spec import option_line
+
+        _end(error.exit_code, f"clipctl: {error.param.opts[0]}: {option_line(error.__cause__)}", False)
+    error.show()
+    sys.exit(error.exit_code)
+
+
 def _end(code: int, line: str, told: bool) -> NoReturn:
     # The code is decided: a further signal must not change it while Python shuts down.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -594,11 +609,15 @@ def main() -> NoReturn:
             signal.signal(number, partial(_stop_early, early))
     try:
         # The launcher of deepspeed adds --local_rank to every command line.
-        app(args=[word for word in sys.argv[1:] if word != "--debug" and not word.startswith("--local_rank=")])
+        words = [word for word in sys.argv[1:] if word != "--debug" and not word.startswith("--local_rank=")]
+        if code := app(args=words, standalone_mode=False):
+            sys.exit(code)
     except SystemExit as end:
         if early and end.code == Interrupted.exit_code:
             _end(Preempted.exit_code, f"clipctl: stopped by {early[0]}; the same command goes on", False)
         raise
+    except _USAGE_ERROR as error:
+        _refuse_usage(error)
     except BrokenPipeError:
         # Whoever read has enough; what Python would still flush goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

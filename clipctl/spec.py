@@ -722,6 +722,14 @@ def _one_line(error: ValidationError, model: type[BaseModel], layer: Any) -> str
     return f"{dotted}: input should be {', or '.join(wanted.values())}, found {problem['input']!r}"
 
 
+def option_line(error: ValidationError) -> str:
+    """What is wrong with the value of a command line's option: `input should be a whole number, found 'x'`."""
+    problem = error.errors()[0]
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"]).removesuffix(".")
+    return f"input should be {_wanted(problem)}, found {problem['input']!r}"
+
+
 def _wanted(problem: "ErrorDetails") -> str:
     """What a value should be: pydantic's words but for those of Python."""
     if problem["type"] in _WORDS:
@@ -791,6 +799,8 @@ _KINDS = list(_REWARDS)
 _WORDS = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "float_parsing": "a number",
     "int_parsing_size": "a whole number of fewer digits",
     "float_type": "a number",
     "string_type": "a string",

@@ -17,7 +17,7 @@ ENVIRONMENT.pop("CLIPCTL_DATA", None)
 def test_what_looks_at_runs_gives_way_to_them(command: str, more: int) -> None:
     script = (
         "import os, sys, clipctl.cli\n"
-        "clipctl.cli.app = lambda args: print(os.nice(0))\n"
+        "clipctl.cli.app = lambda **_: print(os.nice(0))\n"
         f"sys.argv = ['clipctl', '--debug', {command!r}]\n"
         "clipctl.cli.main()\n"
     )
@@ -235,6 +235,11 @@ TRAIN = ("train", "--preset", "tiny")
         ((*TRAIN, "--set", "optim.responses_per_update=4"), "optim.responses_per_update = 4 would split a group"),
         ((*TRAIN, "--name", "a/b"), "run.name 'a/b' is not allowed"),
         ((*TRAIN, "--name", "../b"), "run.name '../b' is not allowed"),
+        ((*TRAIN, "--steps", "x"), "--steps: input should be a whole number, found 'x'"),
+        ((*TRAIN, "--eps-low", "x"), "--eps-low: input should be a number, found 'x'"),
+        ((*TRAIN, "--resume", "x"), "--resume: 'x' is not one of 'auto', 'never', 'must'"),
+        (("sweep", "--preset", "tiny", "--seeds", "0"), "--seeds: input should be greater than or equal to 1, found "),
+        (("analyze", ".", "-k", "1.5"), "--k: input should be a whole number, found '1.5'"),
         ((*TRAIN, "--name", ""), "run.name '' is not allowed"),
         (("train", "--preset", "", "--model", "tiny"), "''"),
         (("doctor", "--preset", ""), "''"),
