@@ -54,7 +54,7 @@ class Placed:
     @property
     def attempt(self) -> int:
         """Number of the last attempt, -1 before the first."""
-        return int(_status(self.folder).get("attempt", -1))
+        return last_attempt(self.folder)
 
     @property
     def rollouts(self) -> int:
@@ -219,6 +219,11 @@ def is_running(folder: Path) -> bool:
         return False
     with _opened(folder / ".lock") as file:
         return not try_lock(file)
+
+
+def last_attempt(folder: Path) -> int:
+    """Number of a run's last attempt, -1 before the first."""
+    return int(_status(folder).get("attempt", -1))
 
 
 def _opened(lock: Path) -> IO[str]:

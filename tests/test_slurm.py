@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,11 +18,20 @@ import pytest
 from test_sweep import a_run
 
 from clipctl import load_spec
+from clipctl.ends import VANISHINGS, End, begun_job, closed, next_job, read_end, write_end
 from clipctl.errors import EngineError, Preempted, SpecError, SweepFailed
-from clipctl.slurm import parse_options, print_script, queued_runs, seconds_of, wait_for_runs, warning_seconds
-from clipctl.slurm_job import STALLS, SlurmRun, count_stalls, job_id
+from clipctl.slurm import (
+    parse_options,
+    print_script,
+    queue_lines,
+    queued_runs,
+    seconds_of,
+    wait_for_runs,
+    warning_seconds,
+)
+from clipctl.slurm_job import STALLS, Signals, SlurmRun, count_stalls, job_id, run_job
 from clipctl.slurm_resources import resources
-from clipctl.sweep_folder import place_members, record_sweep
+from clipctl.sweep_folder import open_claim, place_members, record_sweep
 from clipctl.sweep_spec import expand, preset_sweep, resolve_sweep
 from clipctl.train import train
 from runs import assert_same
@@ -112,7 +122,8 @@ def test_the_script_is_bash_and_has_a_command_for_each_run_that_is_left(tmp_path
     for at, place in enumerate(placed[1:]):
         environment = {"SLURM_ARRAY_TASK_ID": str(at), "SLURM_ARRAY_JOB_ID": "7", "PATH": os.environ["PATH"]}
         told = subprocess.run(["bash"], input=shown, text=True, check=True, capture_output=True, env=environment).stdout
-        assert told.splitlines() == [sys.executable, "-m", "clipctl", *place.command]
+        run = [str(place.folder), place.member.identity, *place.command]
+        assert told.splitlines() == [sys.executable, "-m", "clipctl.slurm_job", *run]
     for member in members[1:]:
         a_run(tmp_path / "s" / member.name, member, "finished", 40)
     with pytest.raises(SpecError, match="nothing is left to do"):
@@ -215,12 +226,18 @@ def test_a_job_that_never_gets_anywhere_is_not_requeued_for_ever(
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    monkeypatch.setattr("clipctl.slurm_job.run_here", lambda command: Preempted.exit_code)
+    monkeypatch.setattr("clipctl.slurm_job.run_child", lambda command, signals: (Preempted.exit_code, "saved"))
     for _ in range(STALLS - 1):
         with pytest.raises(SystemExit):
-            SlurmRun()(("train",), tmp_path / "run")
-    with pytest.raises(EngineError, match=f"{STALLS} attempts in a row made no progress"):
-        SlurmRun()(("train",), tmp_path / "run")
+            SlurmRun()(("train",), tmp_path / "run", "id")
+        end = read_end(tmp_path / "run", "id")
+        assert end is not None
+        assert (end.code, end.message, end.job, end.is_failure) == (Preempted.exit_code, "saved", "12_3", False)
+    with pytest.raises(EngineError, match="run: failed with exit code 6"):
+        SlurmRun()(("train",), tmp_path / "run", "id")
+    end = read_end(tmp_path / "run", "id")
+    assert end is not None
+    assert end.words == f"exit code 6: {STALLS} attempts in a row made no progress; give a longer --slurm time"
     assert calls.read_text() == "requeue 12_3\n" * (STALLS - 1)
     assert count_stalls(tmp_path / "run", True) == 0
     assert job_id({"SLURM_JOB_ID": "5"}) == "5"
@@ -268,10 +285,169 @@ def test_how_runs_stand_is_read_from_their_files(tmp_path: Path, monkeypatch: py
     assert said == [
         "squeue: Unable to contact slurm controller; asked again until it answers", "tiny-0: finished, 40/40 rollouts",
     ]  # fmt: skip
-    assert len(asked) == 2
+    assert len(asked) == 3
     a_run(tmp_path / "s" / "tiny-1", members[1], "failed", 3)
     with pytest.raises(SweepFailed, match="1 of 3 runs failed: tiny-1"):
         wait_for_runs(tmp_path / "s", place_members(tmp_path, "s", members), said.append)
+
+
+def test_a_run_whose_jobs_vanish_is_submitted_again_until_it_is_hopeless(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Submitted, never begun or never ended; one job comes a checkpoint further, which lets it be tried anew."""
+    monkeypatch.setattr("clipctl.slurm.queued_runs", lambda folder, placed: {})
+    placed = place_members(tmp_path, "s", expand(resolve_sweep(preset_sweep("tiny"))))
+    folder, name = placed[0].folder, placed[0].member.identity
+    said: list[str] = []
+
+    def outcome() -> str:
+        with pytest.raises((Preempted, SweepFailed)) as raised:
+            wait_for_runs(tmp_path / "s", placed, said.append, 0.1)
+        return str(raised.value)
+
+    write_end(folder, next_job(folder, name))
+    assert "not finished: tiny-0 (its job vanished); see" in outcome()
+    write_end(folder, next_job(folder, name))
+    assert "not finished: tiny-0 (its job vanished, 2 in a row); see" in outcome()
+    assert queue_lines(placed, {"tiny-0": "7_0"}) == ["tiny-0  0/40 rollouts  job 7_0, after 1 that vanished"]
+    write_end(folder, begun_job(folder, name, "7_0"))
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "latest").write_text("1")
+    assert "not finished: tiny-0 (its job vanished, 2 in a row); see" in outcome()
+    for count in (3, 4):
+        write_end(folder, next_job(folder, name))
+        assert f"(its job vanished, {count} in a row)" in outcome()
+    write_end(folder, next_job(folder, name))
+    assert said == []
+    assert outcome() == "1 of 1 runs failed: tiny-0; --retry-failed submits them again"
+    assert said == [
+        f"tiny-0: failed, 0/40 rollouts: exit code 6: its job vanished {VANISHINGS} times in a row without any progress"
+    ]
+    assert next_job(folder, name) == End(name, place="1")
+
+
+def test_a_job_that_begins_again_and_again_and_says_nothing_gives_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm requeues it by itself, as when its node was lost; a stand-in for the run ends as by a kill of the whole job."""
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    monkeypatch.setattr("clipctl.slurm_job.run_child", lambda command, signals: sys.exit(9))
+    for _ in range(VANISHINGS):
+        with pytest.raises(SystemExit):
+            run_job(("train",), tmp_path, "id", Signals())
+    with pytest.raises(EngineError, match="its job vanished 3 times in a row without any progress"):
+        run_job(("train",), tmp_path, "id", Signals())
+    end = read_end(tmp_path, "id")
+    assert end is not None
+    assert (end.code, end.job) == (6, "12")
+
+
+@pytest.mark.parametrize(
+    ("words", "asked", "code", "message"),
+    [
+        (["train", "--preset", "nope"], [], 2, "--preset: no preset 'nope'"),
+        (["train", "--preset", "tiny", "--set", "model.path=nomodel"], [], 4, "model.path: "),
+        (["--version"], [], 0, ""),
+    ],
+)
+def test_how_a_command_ended_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], asked: list[int], code: int, message: str
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.chdir(tmp_path)
+    assert run_job(words, tmp_path / "run", "id", Signals(asked)) == code
+    end = read_end(tmp_path / "run", "id")
+    assert end is not None
+    assert (end.code, end.attempt, end.is_failure) == (code, -1, code != 0)
+    assert end.message.startswith(message)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_run_that_is_killed_in_a_job_failed_unless_the_job_was_asked_to_end(tmp_path: Path, asked: bool) -> None:
+    """The process that Slurm signals passes signals on: the run saves, or is killed before it can."""
+    words = ["train", "--preset", "tiny", "--name", "run", "--set", "run.steps=4000"]
+    program = [sys.executable, "-m", "clipctl.slurm_job", str(tmp_path / "runs" / "run"), "id", *words]
+    job = subprocess.Popen(
+        program,
+        cwd=tmp_path,
+        env=os.environ | {"SLURM_JOB_ID": "12"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    wait_until(lambda: (tmp_path / "runs" / "run" / "status.json").exists(), 60)
+    (run,) = psutil.Process(job.pid).children()
+    if asked:
+        job.send_signal(signal.SIGUSR2)
+    else:
+        run.kill()
+    _, told = job.communicate(timeout=60)
+    assert job.returncode == (75 if asked else 128 + signal.SIGKILL), told
+    end = read_end(tmp_path / "runs" / "run", "id")
+    assert end is not None
+    assert (end.code, end.attempt, end.is_failure) == ((75, 0, False) if asked else (-9, 0, True))
+    assert ("stopped by SIGUSR2" in end.message) == asked
+    assert end.message.encode() in told
+    assert not run.is_running()
+
+
+def test_a_run_does_not_outlive_its_job(tmp_path: Path) -> None:
+    words = ["train", "--preset", "tiny", "--name", "run", "--set", "run.steps=4000"]
+    program = [sys.executable, "-m", "clipctl.slurm_job", str(tmp_path / "runs" / "run"), "id", *words]
+    job = subprocess.Popen(
+        program,
+        cwd=tmp_path,
+        env=os.environ | {"SLURM_JOB_ID": "12"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_until(lambda: (tmp_path / "runs" / "run" / "status.json").exists(), 60)
+    (run,) = psutil.Process(job.pid).children()
+    job.kill()
+    job.wait()
+    psutil.wait_procs([run], timeout=10)
+    assert not run.is_running()
+    end = read_end(tmp_path / "runs" / "run", "id")
+    assert end is not None
+    assert end.is_open
+
+
+def test_a_job_whose_run_another_one_has_leaves_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setattr("clipctl.slurm_job.CLAIM_SECONDS", 0.6)
+    claim = open_claim(tmp_path / "run")
+    assert claim is not None
+    write_end(tmp_path / "run", closed(End("id"), 75, "saved", 0))
+    with pytest.raises(SpecError, match="run is being run by another job or sweep"):
+        run_job(["--version"], tmp_path / "run", "id", Signals())
+    end = read_end(tmp_path / "run", "id")
+    assert end is not None
+    assert end.message == "saved"
+    claim.close()
+    assert run_job(["--version"], tmp_path / "run", "id", Signals()) == 0
+
+
+def test_jobs_that_were_printed_are_known_by_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for squeue has them waiting, and others' jobs whose names are like ours."""
+    sweep = resolve_sweep(preset_sweep("tiny"), seeds=3)
+    placed = place_members(tmp_path, "s", expand(sweep))
+    folder = record_sweep(tmp_path, "s", sweep, placed)
+    script = print_script(folder, placed, 3, {"time": "9", "job_name": "my own"}, retry_failed=False)
+    (name,) = (
+        line.split("=", 1)[1].strip("'") for line in script.splitlines() if line.startswith("#SBATCH --job-name")
+    )
+    assert name.startswith("my own.")
+    tool = tmp_path / "bin" / "squeue"
+    tool.parent.mkdir()
+    tool.write_text(
+        f"#!/bin/sh\nprintf '12_0 {name}\\n12_2 {name}\\n12_9 {name}\\n13_1 s.0123456789ab\\n14 x\\n15\\n'\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    assert queued_runs(folder, placed) == {"tiny-0": "12_0", "tiny-2": "12_2"}
+    other = resolve_sweep(preset_sweep("tiny"), seeds=4)
+    shared = place_members(tmp_path, "t", expand(other))
+    assert queued_runs(record_sweep(tmp_path, "t", other, shared), shared) == {"tiny-0": "12_0", "tiny-2": "12_2"}
 
 
 def test_all_of_these_tests_are_in_one_process(request: pytest.FixtureRequest) -> None:
@@ -496,3 +672,85 @@ def test_a_run_that_fails_in_a_job_costs_itself_alone(tmp_path: Path, slurm: dic
     done = clipctl(slurm, tmp_path, *arguments)
     assert done.returncode == 9, done.stderr
     assert done.stderr.splitlines()[-1] == "clipctl: 1 of 2 runs failed: lr1e38-0; --retry-failed submits them again"
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_run_that_fails_in_a_job_before_it_has_a_status_is_a_failed_one(
+    tmp_path: Path, slurm: dict[str, str]
+) -> None:
+    """An unknown task leaves no status.json. It is submitted again with --retry-failed alone."""
+    failing = (
+        "--grid", "data.task=arith,nope", "--set", "run.steps=1", "--slurm", "time=3", "--slurm", "partition=main", "--wait",
+    )  # fmt: skip
+    done = clipctl(slurm, tmp_path, *failing)
+    assert done.returncode == 9, done.stderr
+    assert "\ntasknope-0: failed, 0/1 rollouts: exit code 2: data.task: " in done.stderr
+    assert done.stderr.splitlines()[-1] == "clipctl: 1 of 2 runs failed: tasknope-0; --retry-failed submits them again"
+    jobs = tmp_path / "runs" / "s" / "slurm" / "jobs.json"
+    before = jobs.read_text()
+    again = clipctl(slurm, tmp_path, *failing)
+    assert (again.returncode, jobs.read_text()) == (9, before), again.stderr
+    tried = clipctl(slurm, tmp_path, *failing, "--retry-failed")
+    assert tried.returncode == 9, tried.stderr
+    assert json.loads(jobs.read_text())["tasknope-0"] != json.loads(before)["tasknope-0"]
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_a_run_that_is_killed_in_a_job_is_a_failed_one(tmp_path: Path, slurm: dict[str, str]) -> None:
+    """And one whose job is cancelled before it began is not."""
+    sets = (*SETS, "--seeds", "2", "--jobs", "1", "--slurm", "time=9", "--slurm", "partition=main")
+    first = clipctl(slurm, tmp_path, *sets)
+    assert first.returncode == 0, first.stderr
+    folder = tmp_path / "runs" / "s"
+    jobs = json.loads((folder / "slurm" / "jobs.json").read_text())
+    wait_until(lambda: rollouts(folder / "tiny-0") >= 1)
+    subprocess.run(["scancel", jobs["tiny-1"]], env=slurm, check=True)
+    psutil.Process(status(folder / "tiny-0")["pid"]).kill()
+    # A wait that submits nothing.
+    wait_until(lambda: queue(slurm) == [])
+    end = read_end(folder / "tiny-0", place_of(tmp_path, "tiny-0"))
+    assert end is not None
+    assert end.code == -signal.SIGKILL
+    again = clipctl(slurm, tmp_path, *sets, "--wait")
+    assert again.returncode == 9, again.stderr
+    assert "tiny-0: failed, " in again.stderr
+    assert "killed by SIGKILL: " in again.stderr
+    assert again.stderr.splitlines()[-1] == "clipctl: 1 of 2 runs failed: tiny-0; --retry-failed submits them again"
+    assert ", after 1 that vanished" in again.stderr
+    assert status(folder / "tiny-1")["state"] == "finished"
+    tried = clipctl(slurm, tmp_path, *sets, "--wait", "--retry-failed")
+    assert tried.returncode == 0, tried.stderr
+    assert (status(folder / "tiny-0")["state"], status(folder / "tiny-0")["attempt"]) == ("finished", 1)
+
+
+def place_of(folder: Path, name: str) -> str:
+    """The identity that the sweep's record has for a run."""
+    record = json.loads((folder / "runs" / "s" / "sweep.json").read_text())
+    return next(str(run["identity"]) for run in record["runs"] if run["name"] == name)
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_jobs_that_were_submitted_by_hand_are_not_submitted_again(tmp_path: Path, slurm: dict[str, str]) -> None:
+    """While they wait, and so have written nothing."""
+    arguments = (*TWO_RUNS, "--set", "run.steps=2")
+    printed = clipctl(slurm, tmp_path, *arguments, "--print-script")
+    assert printed.returncode == 0, printed.stderr
+    words = ["sbatch", "--parsable", "--hold"]
+    job = subprocess.run(
+        words, input=printed.stdout, text=True, env=slurm, check=True, capture_output=True
+    ).stdout.strip()
+    waiting = clipctl(slurm, tmp_path, *arguments)
+    assert waiting.returncode == 0, waiting.stderr
+    assert [line.split()[-1] for line in waiting.stderr.splitlines()] == [f"{job}_0", f"{job}_1"]
+    assert {line.split("_")[0] for line in queue(slurm)} == {job}
+    subprocess.run(["scontrol", "release", job], env=slurm, check=True)
+    done = clipctl(slurm, tmp_path, *arguments, "--wait")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "s"
+    assert [(status(run)["state"], status(run)["attempt"]) for run in sorted(folder.glob("tiny-?"))] == [
+        ("finished", 0)
+    ] * 2
+    assert not (folder / "slurm" / "jobs.json").exists()
