@@ -363,6 +363,7 @@ def test_how_a_command_ended_is_recorded(
     assert end.message.startswith(message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_run_that_is_killed_in_a_job_failed_unless_the_job_was_asked_to_end(tmp_path: Path, asked: bool) -> None:
     """The process that Slurm signals passes signals on: the run saves, or is killed before it can."""
@@ -391,6 +392,7 @@ def test_a_run_that_is_killed_in_a_job_failed_unless_the_job_was_asked_to_end(tm
     assert not run.is_running()
 
 
+@pytest.mark.slow
 def test_a_run_does_not_outlive_its_job(tmp_path: Path) -> None:
     words = ["train", "--preset", "tiny", "--name", "run", "--set", "run.steps=4000"]
     program = [sys.executable, "-m", "clipctl.slurm_job", str(tmp_path / "runs" / "run"), "id", *words]
@@ -460,7 +462,7 @@ def test_all_of_these_tests_are_in_one_process(request: pytest.FixtureRequest) -
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def slurm() -> Iterator[dict[str, str]]:
     """The environment in which a Slurm of one node can be talked to; two cores, partition `hi` preempts `main`."""
     lacking = [
         tool
@@ -477,7 +479,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     # It has fixed ports: of two test processes the second waits.
     with (Path(tempfile.gettempdir()) / "clipctl-tests-slurm.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield from a_slurm(tmp_path_factory.mktemp("slurm"))
+        # Not among pytest's folders, which another pytest that starts closes to the database's user.
+        with tempfile.TemporaryDirectory(prefix="clipctl-slurm-") as folder:
+            yield from a_slurm(Path(folder))
 
 
 def a_slurm(folder: Path) -> Iterator[dict[str, str]]:
