@@ -258,7 +258,8 @@ def _submitted(record: Path) -> Iterator[tuple[Path, str]]:
 def _named(runs_dir: Path, queue: Mapping[str, str]) -> Iterator[tuple[Path, str]]:
     """Folders of runs, and their jobs, of the arrays in the queue that have a name of ours."""
     for job, name in queue.items():
-        place, token = job.rpartition("_")[2], name.rpartition(".")[2]
+        # submitit submits a single run without an array.
+        place, token = job.partition("_")[2] or "0", name.rpartition(".")[2]
         for record in runs_dir.glob(f"*/slurm/array-{token}.json") if re.fullmatch("[0-9a-f]{12}", token) else ():
             runs = read_json(record, []).get("runs", [])
             if place.isdecimal() and int(place) < len(runs):

@@ -21,6 +21,7 @@ from clipctl import load_spec
 from clipctl.ends import VANISHINGS, End, begun_job, closed, next_job, read_end, write_end
 from clipctl.errors import EngineError, Preempted, SpecError, SweepFailed
 from clipctl.slurm import (
+    name_array,
     parse_options,
     print_script,
     queue_lines,
@@ -393,7 +394,9 @@ def test_a_run_that_is_killed_in_a_job_failed_unless_the_job_was_asked_to_end(tm
 
 
 @pytest.mark.slow
-def test_a_run_does_not_outlive_its_job(tmp_path: Path) -> None:
+@pytest.mark.parametrize("run_first", [False, True])
+def test_what_ends_a_whole_job_leaves_no_run_and_no_failure(tmp_path: Path, run_first: bool) -> None:
+    """A run is not said to have failed where the kernel only came to it before it came to its job."""
     words = ["train", "--preset", "tiny", "--name", "run", "--set", "run.steps=4000"]
     program = [sys.executable, "-m", "clipctl.slurm_job", str(tmp_path / "runs" / "run"), "id", *words]
     job = subprocess.Popen(
@@ -405,6 +408,9 @@ def test_a_run_does_not_outlive_its_job(tmp_path: Path) -> None:
     )
     wait_until(lambda: (tmp_path / "runs" / "run" / "status.json").exists(), 60)
     (run,) = psutil.Process(job.pid).children()
+    if run_first:
+        run.kill()
+        time.sleep(0.5)
     job.kill()
     job.wait()
     psutil.wait_procs([run], timeout=10)
@@ -447,6 +453,12 @@ def test_jobs_that_were_printed_are_known_by_their_name(tmp_path: Path, monkeypa
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     assert queued_runs(folder, placed) == {"tiny-0": "12_0", "tiny-2": "12_2"}
+    one = place_members(tmp_path, "s", expand(sweep)[1:2])
+    alone = name_array(folder, one, {})
+    assert alone.startswith("s.")
+    tool.write_text(f"#!/bin/sh\nprintf '2 {alone}\\n'\n")
+    assert queued_runs(folder, placed) == {"tiny-1": "2"}
+    tool.write_text(f"#!/bin/sh\nprintf '12_0 {name}\\n12_2 {name}\\n'\n")
     other = resolve_sweep(preset_sweep("tiny"), seeds=4)
     shared = place_members(tmp_path, "t", expand(other))
     assert queued_runs(record_sweep(tmp_path, "t", other, shared), shared) == {"tiny-0": "12_0", "tiny-2": "12_2"}
