@@ -7,6 +7,7 @@ that what waits in it is not submitted twice. submitit submits; `--print-script`
 import hashlib
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -188,10 +189,16 @@ def submit(
         for place, end in zip(left, before, strict=True):
             forget_end(place.folder) if end is None else write_end(place.folder, end)
         raise SpecError(f"--launcher slurm: sbatch refused: {one_line(str(error))}") from None
-    submitted = {place.member.name: str(job.job_id) for place, job in zip(left, started, strict=True)}
+    numbers = [str(job.job_id) for job in started]
     record = folder / "slurm" / "jobs.json"
+    submitted = {_place_in(folder, place): job for place, job in zip(left, numbers, strict=True)}
     write_whole(record, json.dumps({**read_json(record, []), **submitted}, indent=2).encode())
-    return {**queued, **submitted}
+    return queued | {place.member.name: job for place, job in zip(left, numbers, strict=True)}
+
+
+def _place_in(folder: Path, place: Placed) -> str:
+    """Where a run lies, from the sweep's folder: a run may lie under an earlier, shorter name than the sweep has for it now."""
+    return os.path.relpath(place.folder.resolve(), folder.resolve())
 
 
 def queue_lines(placed: Sequence[Placed], queued: Mapping[str, str]) -> list[str]:
@@ -222,7 +229,7 @@ def place_of_logs(folder: Path) -> None:
 def name_array(folder: Path, placed: Sequence[Placed], options: Options) -> str:
     """A name for the jobs of an array by which the queue tells whose they are, whoever submits them, and its record in the
     sweep's folder."""
-    runs = [place.member.name for place in placed]
+    runs = [_place_in(folder, place) for place in placed]
     token = hashlib.sha256(json.dumps([str(folder.absolute()), *runs]).encode()).hexdigest()[:12]
     write_whole(folder / "slurm" / f"array-{token}.json", json.dumps({"runs": runs}).encode())
     return f"{options.get('job_name', folder.name)}.{token}"

@@ -27,6 +27,7 @@ from clipctl.slurm import (
     queue_lines,
     queued_runs,
     seconds_of,
+    submit,
     wait_for_runs,
     warning_seconds,
 )
@@ -462,6 +463,51 @@ def test_jobs_that_were_printed_are_known_by_their_name(tmp_path: Path, monkeypa
     other = resolve_sweep(preset_sweep("tiny"), seeds=4)
     shared = place_members(tmp_path, "t", expand(other))
     assert queued_runs(record_sweep(tmp_path, "t", other, shared), shared) == {"tiny-0": "12_0", "tiny-2": "12_2"}
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_run_under_an_earlier_shorter_name_is_known_in_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_name: bool
+) -> None:
+    """A value beside it that rounds to the same name makes the run's own one longer, which moves no folder. Stand-ins for
+    Slurm's commands take the array and have it waiting."""
+    pytest.importorskip("submitit")
+    values = [0.1234567, 0.1234568]
+    sweeps = [resolve_sweep(preset_sweep("tiny"), grid={"clip.low": values[:count]}, seeds=1) for count in (1, 2)]
+    first, both = (expand(sweep) for sweep in sweeps)
+    folder = record_sweep(tmp_path, "s", sweeps[0], place_members(tmp_path, "s", first))
+    placed = place_members(tmp_path, "s", both)
+    assert [place.folder.name for place in placed] == [first[0].name, both[1].name]
+    assert both[0].name != first[0].name
+    record_sweep(tmp_path, "s", sweeps[1], placed)
+    tools, waiting, calls = tmp_path / "bin", tmp_path / "waiting", tmp_path / "calls"
+    tools.mkdir()
+    waiting.write_text("")
+    for tool, does in {
+        "squeue": f"cat {waiting}", "sbatch": f"echo >> {calls}; echo Submitted batch job 101", "srun": ":",
+    }.items():  # fmt: skip
+        (tools / tool).write_text(f"#!/bin/sh\n{does}\n")
+        (tools / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    jobs = {both[0].name: "101_0", both[1].name: "101_1"}
+    assert submit(folder, placed, 2, {"time": "9"}, retry_failed=False) == jobs
+    waiting.write_text(f"101_0 {name_array(folder, placed, {})}\n101_1 {name_array(folder, placed, {})}\n")
+    if by_name:
+        (folder / "slurm" / "jobs.json").unlink()
+    else:
+        waiting.write_text("101_0\n101_1\n")
+    for _ in range(VANISHINGS):
+        assert submit(folder, placed, 2, {"time": "9"}, retry_failed=False) == jobs
+    assert calls.read_text() == "\n"
+    # A sweep beside it that submits this run names the folder where it lies.
+    other = resolve_sweep(preset_sweep("tiny"), grid={"clip.low": values}, seeds=1)
+    shared = place_members(tmp_path, "t", expand(other))
+    beside = record_sweep(tmp_path, "t", other, shared)
+    waiting.write_text("")
+    (folder / "slurm" / "jobs.json").unlink(missing_ok=True)
+    assert submit(beside, shared, 2, {"time": "9"}, retry_failed=False) == jobs
+    waiting.write_text("101_0\n101_1\n")
+    assert queued_runs(folder, placed) == queued_runs(beside, shared) == jobs
 
 
 def test_all_of_these_tests_are_in_one_process(request: pytest.FixtureRequest) -> None:
