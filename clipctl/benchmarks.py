@@ -91,6 +91,13 @@ def parse_benchmark(text: str) -> tuple[str, str | None]:
     raise SpecError(f"--benchmark: {text!r} is not one of {', '.join(NAMES)}{hint}, nor a .jsonl or .parquet file")
 
 
+def grader_of_benchmark(text: str, file: EvalFile) -> str | None:
+    """The grader of what stands behind --benchmark, without a look at its rows. file: how files of other names are read."""
+    name, equals, _ = text.partition("=")
+    name = name if equals else Path(text).stem
+    return TASKS[name].grader if name in NAMES else file.grader
+
+
 def load_benchmarks(settings: EvalSettings, arith: Arith) -> list[Benchmark]:
     """The benchmarks of an evaluation. Raises SpecError for names that are unknown or given twice, DataError for rows that
     are missing, too many or too few, or not usable."""

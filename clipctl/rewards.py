@@ -245,9 +245,14 @@ def open_scorer(reward: Reward, grader: str | None, seed: int) -> Iterator[Score
     grader = grader_of(reward, grader)
     if isinstance(reward, FunctionReward):
         find_function(reward.function)
-    settings = reward if isinstance(reward, MathReward) else MathReward(kind="math")
+    settings = math_settings(reward)
     with GradingPool(settings.workers, settings.timeout, start=grader == "math") as pool:
         yield Scorer(reward, grader, seed, pool, RolloutBudget(settings.budget))
+
+
+def math_settings(reward: Reward) -> MathReward:
+    """How formulas are graded beside a reward: as it says, else by default."""
+    return reward if isinstance(reward, MathReward) else MathReward(kind="math")
 
 
 def grader_of(reward: Reward, grader: str | None) -> str | None:

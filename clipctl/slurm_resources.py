@@ -3,10 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from clipctl.benchmarks import grader_of_benchmark
+from clipctl.rewards import grader_of, math_settings
 from clipctl.spec import RunSpec
+from clipctl.tasks import TASKS
 
 Options = Mapping[str, str | int | bool]
-TASKS = ("ntasks", "ntasks_per_node", "ntasks_per_core", "ntasks_per_socket", "ntasks_per_gpu", "nodes")
+OF_TASKS = ("ntasks", "ntasks_per_node", "ntasks_per_core", "ntasks_per_socket", "ntasks_per_gpu", "nodes")
 GPUS = ("gres", "gpus", "gpus_per_node", "gpus_per_task", "gpus_per_socket", "ntasks_per_gpu", "tres_per_task")
 CORES = ("cpus_per_task", "cpus_per_gpu", "tres_per_task")
 """Options that say how many tasks, GPUs and cores a job has; one of them that is given leaves none to be chosen."""
@@ -19,7 +22,7 @@ def resources(specs: Sequence[RunSpec], options: Options) -> dict[str, str | int
     of a node, or as many as one vLLM engine is spread over. `gres`, because every plugin that selects nodes knows it.
     """
     chosen: dict[str, str | int | bool] = {}
-    if not any(key in options for key in TASKS):
+    if not any(key in options for key in OF_TASKS):
         chosen["ntasks"] = 1
     if not any(key in options for key in CORES):
         chosen["cpus_per_task"] = max(spec.engine.threads + _graders(spec) for spec in specs)
@@ -30,7 +33,12 @@ def resources(specs: Sequence[RunSpec], options: Options) -> dict[str, str | int
 
 
 def _graders(spec: RunSpec) -> int:
-    return spec.reward.workers if spec.reward.kind == "math" else 0
+    """Grading processes: for the reward, for outcomes beside one that does not grade, for benchmarks during training. A task
+    that there is not starts none: the run ends at once."""
+    graders = {grader_of(spec.reward, TASKS[spec.data.task].grader if spec.data.task in TASKS else None)}
+    if spec.eval.every:
+        graders |= {grader_of_benchmark(text, spec.eval.file) for text in spec.eval.benchmarks}
+    return math_settings(spec.reward).workers if "math" in graders else 0
 
 
 def _gpus(spec: RunSpec, tasks: int) -> int:

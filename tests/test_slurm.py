@@ -142,6 +142,38 @@ def test_the_script_is_bash_and_has_a_command_for_each_run_that_is_left(tmp_path
             {},
             {"ntasks": 1, "cpus_per_task": 7},
         ),
+        *(
+            (
+                {"engine.threads": 3, "reward.kind": reward, "data.task": task},
+                {},
+                {"ntasks": 1, "cpus_per_task": 3 + graders},
+            )
+            for reward, task, graders in (
+                ("bernoulli", "math500", 2),
+                ("normal", "dapo-math-17k", 2),
+                ("gsm8k", "math500", 0),
+                ("uniform", "gsm8k", 0),
+                ("rademacher", "file", 0),
+                ("rademacher", "nope", 0),
+                ("math", "nope", 2),
+            )
+        ),
+        *(
+            (
+                {"engine.threads": 3, "eval.every": every, "eval.benchmarks": [benchmark], "eval.file.grader": grader},
+                {},
+                {"ntasks": 1, "cpus_per_task": 3 + graders},
+            )
+            for every, benchmark, grader, graders in (
+                (1, "math500", "gsm8k", 2),
+                (0, "math500", "gsm8k", 0),
+                (1, "svamp", "math", 0),
+                (1, "gsm8k=rows.jsonl", "math", 0),
+                (1, "rows.jsonl", "math", 2),
+                (1, "aime24.jsonl", "gsm8k", 2),
+                (1, "mine=math500.jsonl", "gsm8k", 0),
+            )
+        ),
         ({"engine.threads": 3}, {"cpus_per_task": "8"}, {"ntasks": 1, "cpus_per_task": "8"}),
         ({"engine.device": "cuda"}, {}, {"ntasks": 1, "cpus_per_task": 1, "gres": "gpu:1"}),
         (
