@@ -80,6 +80,7 @@ def foresee(runs_dir: Path, spec: RunSpec, resume: Resume, processes: int = 1) -
         raise being_run(folder)
     if status.get("state") == "finished" and spec.run.steps <= status["rollouts"]:
         return f"{folder}, which is finished, with {status['rollouts']} rollouts: nothing would be run; raise run.steps"
+    _refuse_damaged_store(folder)
     place = newest(folder / "checkpoints")
     _refuse_going_back(folder, spec, status or {"state": "interrupted"}, place)
     if place is not None and spec.engine.trainer == "deepspeed":
@@ -121,12 +122,7 @@ def _look_at(folder: Path, spec: RunSpec, lock: IO[str], processes: int, warn: C
     status = {} if damage else read_json(folder / "status.json", [])
     if status and status["state"] == "finished" and spec.run.steps <= status["rollouts"]:
         return Earlier(folder, lock, status, None, [], "", finished=True)
-    problem = store_problem(folder)
-    if problem is not None:
-        raise StoreError(
-            f"{folder / 'metrics.duckdb'} cannot be gone on with: {problem}; move it away to go on without the rows that it "
-            "holds, or start anew under another --name"
-        )
+    _refuse_damaged_store(folder)
     if damage:
         status, recovered = recover_status(folder, damage)
         if status["state"] == "stopped" and spec.run.steps <= _steps_before(folder):
@@ -200,10 +196,21 @@ def _refuse_other_specs(folder: Path, spec: RunSpec) -> None:
         )
 
 
+def _refuse_damaged_store(folder: Path) -> None:
+    problem = store_problem(folder)
+    if problem is not None:
+        raise StoreError(
+            f"{folder / 'metrics.duckdb'} cannot be gone on with: {problem}; move it away to go on without the rows that it "
+            "holds, or start anew under another --name"
+        )
+
+
 def _refuse_going_back(folder: Path, spec: RunSpec, status: Mapping[str, Any], place: Place | None) -> None:
     done = Place(0) if place is None else place
     if status["state"] == "stopped" and spec.run.steps <= _steps_before(folder):
-        raise AlarmStop(f"{folder.name} was {status['message']}; raise run.steps to go on all the same")
+        raise AlarmStop(
+            f"{folder.name} was {status.get('message') or 'stopped by an alarm'}; raise run.steps to go on all the same"
+        )
     if done > Place(spec.run.steps):
         raise SpecError(
             f"run.steps = {spec.run.steps}: {folder.name!r} has {done.rollouts} rollouts"

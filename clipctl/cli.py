@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -13,6 +12,7 @@ import typer
 
 from clipctl import __version__
 from clipctl.errors import ClipctlError, Interrupted, Preempted, SpecError
+from clipctl.interrupts import early
 
 app = typer.Typer(
     name="clipctl",
@@ -554,7 +554,7 @@ def _one_of(flag: str, value: float | None, off_flag: str, off_value: float | No
     return value if value is not None else off_value
 
 
-def _stop_early(early: list[str], number: int, frame: object) -> None:
+def _stop_early(number: int, frame: object) -> None:
     # A terminal that closes and its shell both send SIGHUP; the second one must not end the ending.
     if not early:
         early.append(signal.Signals(number).name)
@@ -597,17 +597,16 @@ def main() -> NoReturn:
     heeded = [signal.SIGTERM, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]
     for number in (signal.SIGINT, *heeded):
         signal.signal(number, signal.default_int_handler)
-    early: list[str] = []
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     if command == "analyze":
         from clipctl.limits import give_way
 
         give_way()
-    if command in ("train", "sweep", "eval"):
-        # Those that go on: what a scheduler sends before they have handlers of their own is a request like later ones.
-        for number in (*heeded, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, partial(_stop_early, early))
     try:
+        if command in ("train", "sweep", "eval"):
+            # Those that go on: what a scheduler sends before they have handlers of their own is a request like later ones.
+            for number in (*heeded, signal.SIGUSR1, signal.SIGUSR2):
+                signal.signal(number, _stop_early)
         # The launcher of deepspeed adds --local_rank to every command line.
         words = [word for word in sys.argv[1:] if word != "--debug" and not word.startswith("--local_rank=")]
         if code := app(args=words, standalone_mode=False):
@@ -615,7 +614,14 @@ def main() -> NoReturn:
     except SystemExit as end:
         if early and end.code == Interrupted.exit_code:
             _end(Preempted.exit_code, f"clipctl: stopped by {early[0]}; the same command goes on", False)
+        if isinstance(end.__context__, BrokenPipeError):
+            # Typer ends with 1 there.
+            sys.exit(0)
         raise
+    except KeyboardInterrupt:
+        if early:
+            _end(Preempted.exit_code, f"clipctl: stopped by {early[0]}; the same command goes on", False)
+        sys.exit(Interrupted.exit_code)
     except _USAGE_ERROR as error:
         _refuse_usage(error)
     except BrokenPipeError:

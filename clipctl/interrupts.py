@@ -158,6 +158,8 @@ def _signal_main_thread() -> None:
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
 
+early: list[str] = []
+"""Names of signals that came before this module's handlers were there (`clipctl.cli`): a request all the same."""
 _current: list[StopRequests] = []
 
 
@@ -185,6 +187,9 @@ def catch_signals() -> Iterator[StopRequests]:
         for number in before:
             signal.signal(number, stop.request)
         stop._caught = True
+        if early:
+            # Its KeyboardInterrupt may have come where Python drops it, such as in a finalizer.
+            stop.take(early[0], by_hand=False)
         yield stop
     except KeyboardInterrupt:
         raise stop.error("what was measured is kept") from None

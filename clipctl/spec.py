@@ -688,6 +688,8 @@ def _one_line(error: ValidationError, model: type[BaseModel], layer: Any) -> str
     problem = problems[0]
     dotted, option = _written_key(problem, layer)
     match problem["type"]:
+        case "json_invalid":
+            return f"it is no JSON: {problem['ctx']['error']}"
         case "extra_forbidden":
             return _unknown_key(dotted, problem["loc"], model)
         case "union_tag_invalid":

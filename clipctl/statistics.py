@@ -70,7 +70,7 @@ def token_statistics(
     assert hidden_TD.shape[1] == head_VD.shape[1]
     assert targets_T.shape == hidden_TD.shape[:1]
     assert hidden_TD.dtype == head_VD.dtype != torch.float64, f"{hidden_TD.dtype} hidden, {head_VD.dtype} head"
-    found = _Statistics.apply(hidden_TD, head_VD, targets_T, float(temperature), kernels)  # type: ignore[no-untyped-call]
+    found = _Statistics.apply(hidden_TD, head_VD, targets_T.contiguous(), float(temperature), kernels)  # type: ignore[no-untyped-call]
     return TokenStatistics(*found)
 
 

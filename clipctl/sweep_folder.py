@@ -98,7 +98,7 @@ class Placed:
         state = state_of(status) if status else None
         if state is None:
             return "missing"
-        if state == "finished" and int(status.get("rollouts", 0)) >= self.member.spec.run.steps:
+        if state == "finished" and _rollouts(status) >= self.member.spec.run.steps:
             return "finished"
         if state == "stopped" and _steps(self.folder) >= self.member.spec.run.steps:
             return "stopped"
@@ -141,7 +141,8 @@ def place_members(runs_dir: Path, name: str, members: Sequence[Member]) -> list[
         has_own = own.is_dir() and not own.is_symlink()
         if has_own:
             _refuse_other_spec(Placed(member, own, shared=False))
-        folder = own if has_own else known.get(member.identity, own)
+        before = runs_dir / name / member.plain
+        folder = own if has_own else known.get(member.identity, before if _is_begun(before, member.spec) else own)
         placed.append(Placed(member, folder, shared=folder != own))
     return placed
 
@@ -182,8 +183,13 @@ def record_sweep(runs_dir: Path, name: str, sweep: SweepSpec, placed: Sequence[P
 
 def read_record(folder: Path) -> list[dict[str, Any]]:
     """The runs of a sweep's record; none where there is none or it is damaged, as it can be made again."""
-    runs = read_json(folder / RECORD, []).get("runs", [])
-    return [one for one in runs if isinstance(one, dict) and {"name", "identity", "folder"} <= one.keys()]
+    runs = read_json(folder / RECORD, []).get("runs")
+    needed = ("name", "identity", "folder")
+    return [
+        one
+        for one in (runs if isinstance(runs, list) else [])
+        if isinstance(one, dict) and all(isinstance(one.get(key), str) for key in needed)
+    ]
 
 
 def open_claim(folder: Path) -> IO[str] | None:
@@ -261,9 +267,15 @@ def _known_runs(runs_dir: Path) -> dict[str, Path]:
             if folder.parent == record.parent.resolve() and identities.get(folder, run["identity"]) == run["identity"]:
                 found.setdefault(run["identity"], folder)
     for folder, spec in specs.items():
-        if _status(folder).get("state") == "finished" and _status(folder)["rollouts"] >= spec.run.steps:
+        if _status(folder).get("state") == "finished" and _rollouts(_status(folder)) >= spec.run.steps:
             found[identities[folder]] = folder
     return {key: runs_dir / os.path.relpath(folder, runs_dir.resolve()) for key, folder in found.items()}
+
+
+def _is_begun(folder: Path, spec: RunSpec) -> bool:
+    """Whether the run that begun there may go on with this spec: one that had its plain name before others would have had it."""
+    before = None if folder.is_symlink() else _spec(folder)
+    return before is not None and not spec_changes(before, spec)
 
 
 def _refuse_other_spec(place: Placed) -> None:
@@ -302,6 +314,11 @@ def _spec(folder: Path) -> RunSpec | None:
 def _steps(folder: Path) -> int:
     spec = _spec(folder)
     return 0 if spec is None else spec.run.steps
+
+
+def _rollouts(status: Mapping[str, Any]) -> int:
+    rollouts = status.get("rollouts")
+    return rollouts if isinstance(rollouts, int) else 0
 
 
 def _status(folder: Path) -> Mapping[str, Any]:

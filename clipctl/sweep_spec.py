@@ -24,6 +24,7 @@ from clipctl.spec import (
     Count,
     Group,
     RunSpec,
+    flatten,
     nearest,
     preset_layer,
     preset_names,
@@ -145,15 +146,20 @@ class SweepSpec(Group):
         return self
 
 
+LATER: dict[str, Any] = {"engine.statistics": "torch"}
+"""Keys that came after sweeps had recorded identities. Where they say what such runs did, they do not count."""
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     """One run of a sweep.
 
-    name: of its folder. values: axis → value, for people. command: what `clipctl train` is told, but for name and folder.
-    spec: resolved, without a name.
+    name: of its folder. plain: the name that it has in a sweep in which no other run would have it too. values: axis → value,
+    for people. command: what `clipctl train` is told, but for name and folder. spec: resolved, without a name.
     """
 
     name: str
+    plain: str
     values: Mapping[str, Any]
     command: tuple[str, ...]
     spec: RunSpec
@@ -172,7 +178,8 @@ def identity(spec: RunSpec) -> str:
 def _digest(spec: RunSpec, without: tuple[str, ...]) -> str:
     """SHA-256 in hex over the resolved spec without some keys, and groups of keys."""
     resolved = spec.model_dump(mode="json")
-    for key in without:
+    later = [key for key, value in LATER.items() if flatten(spec)[key] == value]
+    for key in (*without, *later):
         group, _, name = key.partition(".")
         (resolved[group] if name else resolved).pop(name or group)
     return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
@@ -387,7 +394,7 @@ def _member(
     source = ("--spec", base) if _is_file(base) else ("--preset", base)
     sets = [part for key, value in assigned.items() for part in ("--set", f"{key}={toml_text(value)}")]
     shown = {"base": _base_name(base), **{key: value for key, value in axes.items() if key != "run.seed"}, "seed": seed}
-    return Member(name, shown, ("train", *source, *sets), spec)
+    return Member(name, name, shown, ("train", *source, *sets), spec)
 
 
 def _base_layer(base: str) -> dict[str, Any]:

@@ -24,7 +24,8 @@ def errors(kernels: statistics.Kernels) -> Iterator[dict[str, float]]:
             generator = torch.Generator().manual_seed(tokens)
             hidden_TD = torch.randn(tokens, hidden, generator=generator).to(dtype)
             head_VD = (torch.randn(vocabulary, hidden, generator=generator) * 2).to(dtype)
-            targets_T = torch.randint(vocabulary, (tokens,), generator=generator)
+            # Every other one of a row: not side by side in memory.
+            targets_T = torch.randint(vocabulary, (tokens, 2), generator=generator)[:, 0]
             weights_2T = torch.randn(2, tokens, generator=generator)
             for parts in ((1, 0), (0, 1), (1, 1)):
                 yield compared(hidden_TD, head_VD, targets_T, temperature, weights_2T, parts, kernels)

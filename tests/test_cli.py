@@ -359,6 +359,9 @@ def test_a_closed_pipe_is_quiet() -> None:
     )  # fmt: skip
     assert done.stdout == "{\n"
     assert "Traceback" not in done.stderr
+    command = f"{sys.executable} -m clipctl presets schema | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert (done.stdout, done.stderr) == ("0\n", "")
 
 
 def test_models_list_names_every_preset_model() -> None:

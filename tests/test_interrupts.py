@@ -4,9 +4,11 @@ import os
 import signal
 import threading
 import time
+from typing import Any
 
 import pytest
 
+from clipctl import cli
 from clipctl.errors import Interrupted, Preempted
 from clipctl.interrupts import SIGNALS, StopNow, StopRequests, catch_signals, job_end
 
@@ -123,3 +125,31 @@ def test_another_thread_has_no_handlers() -> None:
     thread.start()
     thread.join()
     assert seen
+
+
+def test_a_signal_from_before_there_were_handlers_is_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the exception that it raised went nowhere."""
+    monkeypatch.setattr("clipctl.interrupts.early", ["SIGTERM"])
+    with pytest.raises(Preempted, match="stopped by SIGTERM"), catch_signals() as stop, stop.interruptible():
+        raise AssertionError("it was to stop before")
+
+
+@pytest.mark.parametrize(("early", "code"), [(["SIGTERM"], 75), ([], 130)])
+def test_an_interrupt_outside_of_every_command(
+    monkeypatch: pytest.MonkeyPatch, early: list[str], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    monkeypatch.setattr(cli, "app", interrupted)
+    monkeypatch.setattr(cli, "early", early)
+    monkeypatch.setattr("sys.argv", ["clipctl", "train"])
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert ended.value.code == code
+    assert capsys.readouterr().err == ("clipctl: stopped by SIGTERM; the same command goes on\n" if early else "")

@@ -734,6 +734,8 @@ def test_a_damaged_store_is_not_gone_on_with_until_it_is_moved_away(two_rollouts
         StoreError, match=r"x/metrics\.duckdb cannot be gone on with: .*; move it away to go on without"
     ):
         run(two_rollouts.parent)
+    with pytest.raises(StoreError, match=r"x/metrics\.duckdb cannot be gone on with"):
+        foresee(two_rollouts.parent, load_spec("tiny", SMALL), "auto")
     assert status(two_rollouts)["state"] == "interrupted"
     file.rename(tmp_path / "damaged.duckdb")
     run(two_rollouts.parent)

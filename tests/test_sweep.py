@@ -713,3 +713,27 @@ def test_two_launches_at_once_run_each_run_once(tmp_path: Path, undisturbed: Pat
     assert all(begun), "both did some of the work"
     for name in states(folder):
         assert_same(folder / name, undisturbed / name, 6)
+
+
+def test_a_longer_run_keeps_its_folder_when_another_one_would_have_its_name(tmp_path: Path) -> None:
+    """`low0.123457-0` has that name no more once 0.1234568 is swept too."""
+    sweep = resolve_sweep({"base": ["tiny"], "set": TINY, "grid": {"clip.low": [0.1234567]}})
+    (alone,) = place_members(tmp_path, "s", expand(sweep))
+    named = alone.member.spec.run.model_copy(update={"name": "low0.123457-0"})
+    train(alone.member.spec.model_copy(update={"run": named}), runs_dir=tmp_path / "s", warn=lambda line: None)
+    both = {"base": ["tiny"], "set": TINY | {"run.steps": 4}, "grid": {"clip.low": [0.1234567, 0.1234568]}}
+    longer, new = place_members(tmp_path, "s", expand(resolve_sweep(both)))
+    assert (longer.folder, longer.outlook) == (alone.folder, "unfinished")
+    assert (new.folder.name, new.outlook) == (new.member.name, "missing")
+
+
+@pytest.mark.parametrize(
+    "damage", ['{"runs": null}', '{"runs": [{"name": 1, "identity": "x", "folder": null}]}', "[", "3"]
+)
+def test_a_damaged_record_or_status_of_another_run_is_in_nobodys_way(tmp_path: Path, damage: str) -> None:
+    (tmp_path / "other" / "a").mkdir(parents=True)
+    (tmp_path / "other" / "sweep.json").write_text(damage)
+    (tmp_path / "other" / "a" / "spec.json").write_text(spec_json(load_spec("tiny", TINY)))
+    (tmp_path / "other" / "a" / "status.json").write_text('{"schema_version": 3, "kind": "run", "state": "finished"}')
+    (placed,) = place_members(tmp_path, "s", expand(resolve_sweep({"base": ["tiny"], "set": TINY})))
+    assert (placed.folder.parent.name, placed.outlook) == ("s", "missing")

@@ -379,3 +379,10 @@ def test_the_sweep_file_in_readme(tmp_path: Path) -> None:
     members = swept(file_sweep(file))
     assert [member.name for member in members[:3]] == ["symmetric-300", "no-clip-high-300", "symmetric-301"]
     assert {member.spec.run.steps for member in members} == {20}
+
+
+def test_a_run_keeps_its_identity_when_keys_come_that_do_what_it_did() -> None:
+    """As it was recorded before `engine.statistics` was there."""
+    assert identity(load_spec("tiny", {})) == "4dea30908918f71a"
+    on_gpu = [load_spec("tiny", {"engine.device": "cuda", "engine.statistics": way}) for way in ("torch", "triton")]
+    assert len({identity(spec) for spec in on_gpu}) == 2
