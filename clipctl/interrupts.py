@@ -40,6 +40,7 @@ class StopRequests:
         self.failure: ClipctlError | None = None
         self._last = 0.0
         self._raising = False
+        self._raised = False
         self._shielded = False
         self._rung = ""
         self._asked: tuple[str, bool] | None = None
@@ -51,14 +52,24 @@ class StopRequests:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Within it a request raises StopNow at once: for work that is simply done again."""
+        """Within it a request raises StopNow at once: for work that is simply done again.
+
+        Other people's code may lose that exception, in a finalizer, or make another one of it, as an import in C does; it leaves
+        the block nevertheless.
+        """
         if self.reason:
             raise StopNow
         before, self._raising = self._raising, True
         try:
             yield
+        except Exception:
+            if self._raised:
+                raise StopNow from None
+            raise
         finally:
             self._raising = before
+        if self._raised:
+            raise StopNow
 
     @contextmanager
     def shielded(self) -> Iterator[None]:
@@ -99,6 +110,7 @@ class StopRequests:
             by_hand = number == signal.SIGINT
             self.take(*(asked or (rung or ("Ctrl-C" if by_hand else signal.Signals(number).name), by_hand)))
             if self._raising and not self._shielded:
+                self._raised = True
                 raise StopNow
         elif rung or now - before > self.echo:
             self.at_once = True
@@ -168,7 +180,8 @@ def catch_signals() -> Iterator[StopRequests]:
     """Takes over the signals until the block ends; within another such block, and in other threads than the main one, which
     cannot have signal handlers, it takes over nothing. A StopNow that leaves the block becomes the error of `error`.
 
-    SIGHUP stays ignored where it was (nohup); SIGINT does not, because shells start background jobs with it ignored.
+    SIGHUP stays ignored where it was (nohup); SIGINT does not, because shells start background jobs with it ignored. Signals
+    that were blocked count from here on.
     """
     if _current:
         yield _current[0]
@@ -183,6 +196,7 @@ def catch_signals() -> Iterator[StopRequests]:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
     }
     _current.append(stop)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         for number in before:
             signal.signal(number, stop.request)
@@ -190,12 +204,14 @@ def catch_signals() -> Iterator[StopRequests]:
         if early:
             # Its KeyboardInterrupt may have come where Python drops it, such as in a finalizer.
             stop.take(early[0], by_hand=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         yield stop
     except KeyboardInterrupt:
         raise stop.error("what was measured is kept") from None
     finally:
         stop.close()
         _current.remove(stop)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)
 

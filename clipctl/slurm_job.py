@@ -7,8 +7,15 @@ from here, whether Slurm signals a task alone or all that it started; it dies wi
 signal. It saves and exits with 75, upon which the job asks to be requeued. What kills the run alone is seen and recorded here.
 """
 
-import os
 import signal
+
+if __name__ == "__main__":
+    # What comes while the rest is imported would end this process; it waits for `passed_on`.
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
+    )
+
+import os
 import subprocess
 import sys
 import threading
@@ -94,12 +101,14 @@ class Signals:
 
 @contextmanager
 def passed_on() -> Iterator[Signals]:
-    """Within it signals go to the run."""
+    """Within it signals go to the run, also those that were blocked before it."""
     signals = Signals()
     before = {number: signal.signal(number, signals.receive) for number in SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield signals
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -154,6 +163,9 @@ def run_child(command: Sequence[str], signals: Signals) -> tuple[int, str]:
     """Exit code of `clipctl` with these arguments, negative for a signal, and the last line on its stderr."""
     # The signal that was asked for says when the time is nearly over; a second source would be a second request.
     environment = {key: value for key, value in os.environ.items() if key != "SLURM_JOB_END_TIME"}
+    # The run inherits the mask. A signal waits for the handlers of `catch_signals`; those before them raise in the midst of
+    # imports, where an exception may be lost.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     child = subprocess.Popen(
         [sys.executable, "-m", "clipctl", *command], env=environment, stderr=subprocess.PIPE, process_group=0,
         preexec_fn=partial(die_with, os.getpid()),
@@ -162,9 +174,10 @@ def run_child(command: Sequence[str], signals: Signals) -> tuple[int, str]:
     assert child.stderr is not None
     reader = threading.Thread(target=_copy, args=(child.stderr.fileno(), tail), daemon=True)
     reader.start()
-    signals.run = child
-    for number in list(signals.asked):
+    for number in signals.asked:
         child.send_signal(number)
+    signals.run = child
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     code = child.wait()
     signals.run = None
     # A process that the run left behind may keep its end of the pipe open.

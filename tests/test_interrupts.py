@@ -42,6 +42,37 @@ def test_work_that_may_be_dropped_is_dropped_at_once() -> None:
     assert stop.error("").exit_code == 130
 
 
+@pytest.mark.parametrize("becomes", [None, ImportError])
+def test_an_interrupt_that_other_code_loses_or_renames_still_drops_the_work(becomes: type[Exception] | None) -> None:
+    """A finalizer, and the import of a module in C."""
+    after = False
+    with catch_signals() as stop, pytest.raises(StopNow), stop.interruptible():  # noqa: PT012
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            if becomes is not None:
+                raise becomes from None
+        after = True
+    assert after == (becomes is None)
+    assert stop.reason == "SIGTERM"
+
+
+def test_an_error_without_a_request_is_itself() -> None:
+    with catch_signals() as stop, pytest.raises(ImportError), stop.interruptible():
+        raise ImportError
+
+
+def test_signals_that_were_blocked_count_as_soon_as_they_are_caught() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR2])
+    try:
+        signal.raise_signal(signal.SIGUSR2)
+        with catch_signals() as stop:
+            assert stop.reason == "SIGUSR2"
+        assert {signal.SIGTERM, signal.SIGUSR2} <= signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def test_a_second_signal_stops_at_once_but_not_its_echo() -> None:
     """timeout(1) signals a process and then its group: within a tenth of a second it is one request."""
     with catch_signals() as stop:

@@ -426,6 +426,46 @@ def test_a_run_that_is_killed_in_a_job_failed_unless_the_job_was_asked_to_end(tm
     assert not run.is_running()
 
 
+@pytest.mark.parametrize(
+    ("process", "module"),
+    [("clipctl.slurm_job", "subprocess"), ("clipctl.slurm_job", "clipctl.ends"), ("clipctl", "clipctl.launch")],
+)
+def test_a_signal_while_a_job_starts_is_not_lost(tmp_path: Path, process: str, module: str) -> None:
+    """SIGTERM comes while the job, or the `clipctl` that it started, imports this module, and what it raises there is lost, as in
+    a finalizer."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"""
+import os, signal, sys, time
+
+class Asked:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            sys.meta_path.remove(self)
+            try:
+                os.kill({"os.getpid()" if process == "clipctl.slurm_job" else "os.getppid()"}, signal.SIGTERM)
+                time.sleep(0.5)
+            except KeyboardInterrupt:
+                pass
+
+if sys.orig_argv[2] == {process!r}:
+    sys.modules.pop({module!r}, None)
+    sys.meta_path.insert(0, Asked())
+"""
+    )
+    words = ["train", "--preset", "tiny", "--name", "run", "--set", "run.steps=1"]
+    program = [sys.executable, "-m", "clipctl.slurm_job", str(tmp_path / "runs" / "run"), "id", *words]
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    job = subprocess.run(
+        program, cwd=tmp_path, env=os.environ | {"SLURM_JOB_ID": "12", "PYTHONPATH": path}, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert job.returncode == 75, job.stderr
+    assert "stopped by SIGTERM" in job.stderr
+    end = read_end(tmp_path / "runs" / "run", "id")
+    assert end is not None
+    assert (end.code, end.is_failure) == (75, False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("run_first", [False, True])
 def test_what_ends_a_whole_job_leaves_no_run_and_no_failure(tmp_path: Path, run_first: bool) -> None:
