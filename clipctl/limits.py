@@ -54,7 +54,8 @@ def each_in_time(parts: Iterator[Part], seconds: float) -> Iterator[Part]:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Ends the process GRACE_SECONDS after a signal within the block, where that did not end the block."""
+    """Ends the process GRACE_SECONDS after a signal within the block, where that did not end the block. Raises KeyboardInterrupt
+    for what DuckDB makes of Ctrl-C where it looks for signals itself."""
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     before = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
@@ -62,6 +63,10 @@ def ended_by_signals() -> Iterator[None]:
     watch.start()
     try:
         yield
+    except RuntimeError as error:
+        if str(error) == "Query interrupted":
+            raise KeyboardInterrupt from None
+        raise
     finally:
         signal.set_wakeup_fd(before)
         os.close(wake)

@@ -14,6 +14,7 @@ import pytest
 from test_store import SPEC, create_run, start_writer, write
 
 from clipctl.errors import SpecError
+from clipctl.limits import ended_by_signals
 from clipctl.overview import overview
 from clipctl.schema import SCHEMA_VERSION
 from clipctl.store import Runs, open_runs
@@ -250,6 +251,12 @@ def test_ctrl_c_ends_any_query(query: str, tmp_path: Path) -> None:
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, ""), err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("words", "kind"), [("Query interrupted", KeyboardInterrupt), ("another one", RuntimeError)])
+def test_what_duckdb_makes_of_ctrl_c_where_it_looks_for_signals_itself(words: str, kind: type[BaseException]) -> None:
+    with pytest.raises(kind), ended_by_signals():
+        raise RuntimeError(words)
 
 
 def test_a_full_disk_under_stdout_is_no_bug(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import clipctl
 
 SIGNATURES = {
-    "token_statistics": "hidden_TD head_VD targets_T temperature",
+    "token_statistics": "hidden_TD head_VD targets_T temperature kernels",
     "group_advantages": "rewards_PG",
     "clipped_surrogate": "logprob old_logprob advantages mask eps_low eps_high",
     "entropy_ledger": "logprob old_logprob advantages entropy expected_q mask eps_low eps_high weight",
