@@ -97,7 +97,7 @@ BOTH = (
     "--set optim.responses_per_update=4 --set rollout.max_response_tokens=48 --name gsm8k"
 )
 MISMATCH = "select rollout, mismatch_max, mismatch_mean, mismatch_outside, entropy from rollouts"
-FIG3 = "clipctl sweep --preset fig3 --jobs 4 --launcher slurm --slurm partition=gpu --slurm time=4:00:00 --slurm gres=gpu:1"
+FIG3 = "clipctl sweep --preset fig3 --jobs 4 --launcher slurm --slurm partition=gpu --slurm time=4:00:00"
 NOT_RUN = {
     "bash quickstart.sh": "sets up an environment; continuous integration runs it",
     "bash check.sh": "runs this test-suite",
