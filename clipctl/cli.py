@@ -589,6 +589,12 @@ def _end(code: int, line: str, told: bool) -> NoReturn:
     sys.exit(code)
 
 
+def _end_interrupted() -> NoReturn:
+    if early:
+        _end(Preempted.exit_code, f"clipctl: stopped by {early[0]}; the same command goes on", False)
+    sys.exit(Interrupted.exit_code)
+
+
 def main() -> NoReturn:
     """Run the command line; user errors become one line on stderr and their exit code."""
     debug = "--debug" in sys.argv
@@ -612,16 +618,14 @@ def main() -> NoReturn:
         if code := app(args=words, standalone_mode=False):
             sys.exit(code)
     except SystemExit as end:
-        if early and end.code == Interrupted.exit_code:
-            _end(Preempted.exit_code, f"clipctl: stopped by {early[0]}; the same command goes on", False)
+        if end.code == Interrupted.exit_code:
+            _end_interrupted()
         if isinstance(end.__context__, BrokenPipeError):
             # Typer ends with 1 there.
             sys.exit(0)
         raise
     except KeyboardInterrupt:
-        if early:
-            _end(Preempted.exit_code, f"clipctl: stopped by {early[0]}; the same command goes on", False)
-        sys.exit(Interrupted.exit_code)
+        _end_interrupted()
     except _USAGE_ERROR as error:
         _refuse_usage(error)
     except BrokenPipeError:

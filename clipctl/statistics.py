@@ -136,42 +136,53 @@ class _Statistics(torch.autograd.Function):
         if (grad_logprob_T is None and grad_entropy_T is None) or not (needs_hidden or needs_head):
             return None, None, None, None, None
         hidden_TD, head_VD, targets_T, lse_T, entropy_T = ctx.saved_tensors
-        gradient = _LogitGradient(lse_T, entropy_T, targets_T, grad_logprob_T, grad_entropy_T, ctx.temperature)
-        backward = _row_backward if ctx.kernels == "triton" else _backward
-        return *backward(hidden_TD, head_VD, gradient, needs_hidden, needs_head), None, None, None
+        slope_T = pull_T = None
+        offset_T = torch.zeros_like(lse_T)
+        if grad_entropy_T is not None:
+            slope_T = grad_entropy_T / -ctx.temperature
+            offset_T = slope_T * entropy_T
+        if grad_logprob_T is not None:
+            pull_T = grad_logprob_T / ctx.temperature
+            offset_T = offset_T - pull_T
+        gradient = _LogitGradient(targets_T, lse_T, slope_T, offset_T, pull_T, ctx.temperature, ctx.kernels)
+        return *_backward(hidden_TD, head_VD, gradient, needs_hidden, needs_head), None, None, None
 
 
 @dataclass(frozen=True, slots=True)
 class _LogitGradient:
-    """What turns a chunk's logits into the loss's gradient by them; lse_T is the log of Σ e^z."""
+    """What turns a chunk's logits into the loss's gradient by them: dL/d(h·W) = π (slope · log π + offset), plus pull at the
+    target; None is 0. lse_T: the log of Σ e^z. All of every token, [T]."""
 
-    lse_T: Tensor
-    entropy_T: Tensor
     targets_T: Tensor
-    grad_logprob_T: Tensor | None
-    grad_entropy_T: Tensor | None
+    lse_T: Tensor
+    slope_T: Tensor | None
+    offset_T: Tensor
+    pull_T: Tensor | None
     temperature: float
+    kernels: Kernels
 
-    def coefficients(self, at: slice) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """slope, offset and pull of tokens `at`: dL/d(h·W) = π (slope · log π + offset), plus pull at the target; None is 0."""
-        slope_T = pull_T = None
-        offset_T = torch.zeros_like(self.lse_T[at])
-        if self.grad_entropy_T is not None:
-            slope_T = self.grad_entropy_T[at] / -self.temperature
-            offset_T = slope_T * self.entropy_T[at]
-        if self.grad_logprob_T is not None:
-            pull_T = self.grad_logprob_T[at] / self.temperature
-            offset_T = offset_T - pull_T
-        return slope_T, offset_T, pull_T
+    def __call__(self, head_chunk_VD: Tensor, hidden_chunk_TD: Tensor, at: slice, start: int) -> Tensor:
+        """dL/d(h·W) [V,T] of tokens `at` and the vocabulary from `start`, in the operands' dtype."""
+        slope_T, pull_T = (None if one_T is None else one_T[at] for one_T in (self.slope_T, self.pull_T))
+        if self.kernels == "torch":
+            logits_VT = _product(head_chunk_VD, hidden_chunk_TD.T)
+            return self._plain(logits_VT, at, start, slope_T, pull_T).to(head_chunk_VD.dtype)
+        from clipctl.kernels import logit_gradient
 
-    def __call__(self, logits_VT: Tensor, at: slice, start: int) -> Tensor:
-        """dL/d(h·W) [V,T] of tokens `at` and the vocabulary from `start`; overwrites logits_VT."""
-        slope_T, offset_T, pull_T = self.coefficients(at)
+        logits_TV = _product(hidden_chunk_TD, head_chunk_VD.T)
+        out_TV = torch.empty_like(logits_TV, dtype=head_chunk_VD.dtype)
+        logit_gradient(
+            logits_TV, out_TV, self.lse_T[at], slope_T, self.offset_T[at], pull_T, self.targets_T[at], start, self.temperature
+        )  # fmt: skip
+        return out_TV.T
+
+    def _plain(self, logits_VT: Tensor, at: slice, start: int, slope_T: Tensor | None, pull_T: Tensor | None) -> Tensor:
+        """The same by plain operations, in float32; overwrites logits_VT."""
         if self.temperature != 1.0:
             logits_VT /= self.temperature
         logp_VT = logits_VT.sub_(self.lse_T[at])
         probability_VT = logp_VT.exp()
-        change_VT = offset_T if slope_T is None else logp_VT.mul_(slope_T).add_(offset_T)
+        change_VT = self.offset_T[at] if slope_T is None else logp_VT.mul_(slope_T).add_(self.offset_T[at])
         out_VT = probability_VT.mul_(change_VT)
         if pull_T is not None:
             inside_T, local_1T = _local_targets(self.targets_T[at], start, logits_VT.shape[0])
@@ -200,6 +211,22 @@ def _token_sums(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, temperatu
     if len(merged) == 1:
         return merged[0]
     return _Sums(*(torch.cat([getattr(sums, name) for sums in merged]) for name in _Sums.__slots__))
+
+
+def _row_sums(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, temperature: float) -> _Sums:
+    """As `_token_sums`, each part's logits read once by one kernel."""
+    from clipctl.kernels import LOWEST, SUMS, add_sums
+
+    parts, ranges = _chunks(hidden_TD.shape[0], head_VD.shape[0], hidden_TD.device)
+    empty_6 = torch.tensor([LOWEST, *[0.0] * (SUMS - 2), torch.nan], device=hidden_TD.device)
+    found = [empty_6[:, None].repeat(1, at.stop - at.start) for at in parts]
+    with _exact_products(hidden_TD):
+        for start, stop in ranges:
+            head_chunk_VD = _operand(head_VD[start:stop])
+            for at, sums_6T in zip(parts, found, strict=True):
+                logits_TV = _product(_operand(hidden_TD[at]), head_chunk_VD.T)
+                add_sums(logits_TV, sums_6T, targets_T[at], start, temperature)
+    return _Sums(*torch.cat(found, 1))
 
 
 def _chunk_sums(logits_VT: Tensor, targets_T: Tensor, start: int) -> _Sums:
@@ -251,59 +278,11 @@ def _backward(
             grad_chunk_VD = torch.zeros_like(head_chunk_VD, dtype=torch.float32)
             for at in parts:
                 hidden_chunk_TD = _operand(hidden_TD[at])
-                logits_VT = _product(head_chunk_VD, hidden_chunk_TD.T)
-                out_VT = gradient(logits_VT, at, start).to(head_chunk_VD.dtype)
+                out_VT = gradient(head_chunk_VD, hidden_chunk_TD, at, start)
                 if grad_hidden_TD is not None:
                     _add_product(grad_hidden_TD[at], out_VT.T, head_chunk_VD)
                 if grad_head_VD is not None:
                     _add_product(grad_chunk_VD, out_VT, hidden_chunk_TD)
-            if grad_head_VD is not None:
-                grad_head_VD[start:stop] = grad_chunk_VD
-    return None if grad_hidden_TD is None else grad_hidden_TD.to(hidden_TD.dtype), grad_head_VD
-
-
-def _row_sums(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, temperature: float) -> _Sums:
-    """As `_token_sums`, each part's logits read once by one kernel."""
-    from clipctl.kernels import LOWEST, SUMS, add_sums
-
-    parts, ranges = _chunks(hidden_TD.shape[0], head_VD.shape[0], hidden_TD.device)
-    empty_6 = torch.tensor([LOWEST, *[0.0] * (SUMS - 2), torch.nan], device=hidden_TD.device)
-    found = [empty_6[:, None].repeat(1, at.stop - at.start) for at in parts]
-    with _exact_products(hidden_TD):
-        for start, stop in ranges:
-            head_chunk_VD = _operand(head_VD[start:stop])
-            for at, sums_6T in zip(parts, found, strict=True):
-                logits_TV = _product(_operand(hidden_TD[at]), head_chunk_VD.T)
-                add_sums(logits_TV, sums_6T, targets_T[at], start, temperature)
-    return _Sums(*torch.cat(found, 1))
-
-
-def _row_backward(
-    hidden_TD: Tensor, head_VD: Tensor, gradient: _LogitGradient, needs_hidden: bool, needs_head: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """As `_backward`, the gradient of each part's logits made by one kernel."""
-    from clipctl.kernels import logit_gradient
-
-    parts, ranges = _chunks(hidden_TD.shape[0], head_VD.shape[0], hidden_TD.device)
-    grad_hidden_TD = torch.zeros_like(hidden_TD, dtype=torch.float32) if needs_hidden else None
-    grad_head_VD = torch.empty_like(head_VD) if needs_head else None
-    coefficients = [gradient.coefficients(at) for at in parts]
-    with _exact_products(hidden_TD):
-        for start, stop in ranges:
-            head_chunk_VD = _operand(head_VD[start:stop])
-            grad_chunk_VD = torch.zeros_like(head_chunk_VD, dtype=torch.float32)
-            for at, (slope_T, offset_T, pull_T) in zip(parts, coefficients, strict=True):
-                hidden_chunk_TD = _operand(hidden_TD[at])
-                logits_TV = _product(hidden_chunk_TD, head_chunk_VD.T)
-                out_TV = torch.empty_like(logits_TV, dtype=head_chunk_VD.dtype)
-                logit_gradient(
-                    logits_TV, out_TV, gradient.lse_T[at], slope_T, offset_T, pull_T,
-                    gradient.targets_T[at], start, gradient.temperature,
-                )  # fmt: skip
-                if grad_hidden_TD is not None:
-                    _add_product(grad_hidden_TD[at], out_TV, head_chunk_VD)
-                if grad_head_VD is not None:
-                    _add_product(grad_chunk_VD, out_TV.T, hidden_chunk_TD)
             if grad_head_VD is not None:
                 grad_head_VD[start:stop] = grad_chunk_VD
     return None if grad_hidden_TD is None else grad_hidden_TD.to(hidden_TD.dtype), grad_head_VD

@@ -267,13 +267,14 @@ def _known_runs(runs_dir: Path) -> dict[str, Path]:
             if folder.parent == record.parent.resolve() and identities.get(folder, run["identity"]) == run["identity"]:
                 found.setdefault(run["identity"], folder)
     for folder, spec in specs.items():
-        if _status(folder).get("state") == "finished" and _rollouts(_status(folder)) >= spec.run.steps:
+        status = _status(folder)
+        if status.get("state") == "finished" and _rollouts(status) >= spec.run.steps:
             found[identities[folder]] = folder
     return {key: runs_dir / os.path.relpath(folder, runs_dir.resolve()) for key, folder in found.items()}
 
 
 def _is_begun(folder: Path, spec: RunSpec) -> bool:
-    """Whether the run that begun there may go on with this spec: one that had its plain name before others would have had it."""
+    """Whether the run that was begun there may go on with this spec: it had its plain name before others would have had it."""
     before = None if folder.is_symlink() else _spec(folder)
     return before is not None and not spec_changes(before, spec)
 

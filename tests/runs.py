@@ -8,6 +8,24 @@ from safetensors import safe_open
 
 from clipctl import open_runs
 
+SMALL: dict[str, Any] = {
+    "run.name": "x",
+    "run.steps": 3,
+    "data.arith.problems": 64,
+    "rollout.prompts": 6,
+    "rollout.group_size": 4,
+    "rollout.max_response_tokens": 12,
+    "rollout.dynamic_sampling": True,
+    "optim.responses_per_update": 8,
+    "optim.epochs": 2,
+    "optim.lr": 1e-3,
+    "ledger.probe_states": 16,
+    "ledger.probe_every": 2,
+    "ledger.network_every": 2,
+    "control.target_entropy": 0.5,
+    "store.tokens": "all",
+}
+"""Everything that a run carries: refills, probes through the network, a controller, tokens; six updates a rollout."""
 VIEWS = {
     "rollouts": "rollout",
     "updates": "rollout, inner_step",

@@ -22,26 +22,8 @@ from clipctl.checkpoint import damage
 from clipctl.engine.torch_trainer import TorchTrainer
 from clipctl.errors import AlarmStop, DataError, Preempted, SpecError, StoreError
 from clipctl.train import train
-from runs import assert_same
+from runs import SMALL, assert_same
 
-SMALL: dict[str, Any] = {
-    "run.name": "x",
-    "run.steps": 3,
-    "data.arith.problems": 64,
-    "rollout.prompts": 6,
-    "rollout.group_size": 4,
-    "rollout.max_response_tokens": 12,
-    "rollout.dynamic_sampling": True,
-    "optim.responses_per_update": 8,
-    "optim.epochs": 2,
-    "optim.lr": 1e-3,
-    "ledger.probe_states": 16,
-    "ledger.probe_every": 2,
-    "ledger.network_every": 2,
-    "control.target_entropy": 0.5,
-    "store.tokens": "all",
-}
-"""Everything that a run carries: refills, probes through the network, a controller, tokens; six updates a rollout."""
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 

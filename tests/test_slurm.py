@@ -397,21 +397,22 @@ def test_how_a_command_ended_is_recorded(
     assert end.message.startswith(message)
 
 
+def long_job(folder: Path, stderr: int) -> tuple["subprocess.Popen[bytes]", psutil.Process]:
+    """A job, and the run in it, which has begun and would last for hours."""
+    words = ["train", "--preset", "tiny", "--name", "run", "--set", "run.steps=4000"]
+    program = [sys.executable, "-m", "clipctl.slurm_job", str(folder / "runs" / "run"), "id", *words]
+    environment = os.environ | {"SLURM_JOB_ID": "12"}
+    job = subprocess.Popen(program, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
+    wait_until(lambda: (folder / "runs" / "run" / "status.json").exists(), 60)
+    (run,) = psutil.Process(job.pid).children()
+    return job, run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_run_that_is_killed_in_a_job_failed_unless_the_job_was_asked_to_end(tmp_path: Path, asked: bool) -> None:
     """The process that Slurm signals passes signals on: the run saves, or is killed before it can."""
-    words = ["train", "--preset", "tiny", "--name", "run", "--set", "run.steps=4000"]
-    program = [sys.executable, "-m", "clipctl.slurm_job", str(tmp_path / "runs" / "run"), "id", *words]
-    job = subprocess.Popen(
-        program,
-        cwd=tmp_path,
-        env=os.environ | {"SLURM_JOB_ID": "12"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    wait_until(lambda: (tmp_path / "runs" / "run" / "status.json").exists(), 60)
-    (run,) = psutil.Process(job.pid).children()
+    job, run = long_job(tmp_path, stderr=subprocess.PIPE)
     if asked:
         job.send_signal(signal.SIGUSR2)
     else:
@@ -470,17 +471,7 @@ if sys.orig_argv[2] == {process!r}:
 @pytest.mark.parametrize("run_first", [False, True])
 def test_what_ends_a_whole_job_leaves_no_run_and_no_failure(tmp_path: Path, run_first: bool) -> None:
     """A run is not said to have failed where the kernel only came to it before it came to its job."""
-    words = ["train", "--preset", "tiny", "--name", "run", "--set", "run.steps=4000"]
-    program = [sys.executable, "-m", "clipctl.slurm_job", str(tmp_path / "runs" / "run"), "id", *words]
-    job = subprocess.Popen(
-        program,
-        cwd=tmp_path,
-        env=os.environ | {"SLURM_JOB_ID": "12"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    wait_until(lambda: (tmp_path / "runs" / "run" / "status.json").exists(), 60)
-    (run,) = psutil.Process(job.pid).children()
+    job, run = long_job(tmp_path, stderr=subprocess.DEVNULL)
     if run_first:
         run.kill()
         time.sleep(0.5)

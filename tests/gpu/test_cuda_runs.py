@@ -12,39 +12,24 @@ import pytest
 import torch
 
 from clipctl import load_spec, open_runs, train
-from runs import assert_same
+from runs import SMALL, assert_same
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(300),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU"),
 ]
-SMALL: dict[str, Any] = {
-    "run.name": "x",
+ON_GPU = SMALL | {
     "run.steps": 4,
-    "data.arith.problems": 64,
-    "rollout.prompts": 6,
-    "rollout.group_size": 4,
-    "rollout.max_response_tokens": 12,
-    "rollout.dynamic_sampling": True,
-    "optim.responses_per_update": 8,
-    "optim.epochs": 2,
-    "optim.lr": 1e-3,
-    "ledger.probe_states": 16,
-    "ledger.probe_every": 2,
-    "ledger.network_every": 2,
-    "control.target_entropy": 0.5,
     "checkpoint.every": 1,
-    "store.tokens": "all",
     "engine.device": "cuda",
     "engine.statistics": "triton",
 }
-"""Everything that a run carries, as on the CPU (tests/test_resume.py)."""
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def run(runs_dir: Path, **changes: Any) -> Path:
-    return train(load_spec("tiny", SMALL | changes), runs_dir=runs_dir, warn=lambda line: None)
+    return train(load_spec("tiny", ON_GPU | changes), runs_dir=runs_dir, warn=lambda line: None)
 
 
 def command(*words: str, settings: dict[str, Any]) -> list[str]:
@@ -57,7 +42,7 @@ def command(*words: str, settings: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_that_was_killed_is_the_undisturbed_one_bit_for_bit(tmp_path: Path, dtype: str) -> None:
     whole = run(tmp_path / "whole", **{"model.dtype": dtype})
-    settings = SMALL | {"model.dtype": dtype}
+    settings = ON_GPU | {"model.dtype": dtype}
     words = command("train", "--preset", "tiny", "--name", "x", "--runs-dir", str(tmp_path), settings=settings)
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
         assert process.stderr is not None
@@ -72,7 +57,7 @@ def test_a_run_that_was_killed_is_the_undisturbed_one_bit_for_bit(tmp_path: Path
 
 
 def test_runs_of_a_sweep_share_the_card_and_are_what_they_are_alone(tmp_path: Path) -> None:
-    settings = SMALL | {"run.steps": 2}
+    settings = ON_GPU | {"run.steps": 2}
     asked = ["sweep", "--preset", "tiny", "--seeds", "3", "--jobs", "3", "--name", "s", "--runs-dir", str(tmp_path)]
     done = subprocess.run(
         command(*asked, settings=settings), capture_output=True, text=True, check=False, env=ENVIRONMENT
@@ -85,7 +70,9 @@ def test_runs_of_a_sweep_share_the_card_and_are_what_they_are_alone(tmp_path: Pa
 def test_more_processes_than_gpus_are_refused(tmp_path: Path) -> None:
     count = str(torch.cuda.device_count() + 1)
     asked = ["train", "--preset", "tiny", "--nproc", count, "--runs-dir", str(tmp_path)]
-    done = subprocess.run(command(*asked, settings=SMALL), capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    done = subprocess.run(
+        command(*asked, settings=ON_GPU), capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
     assert done.returncode == 2
     assert "have the same GPU" in done.stderr
 
